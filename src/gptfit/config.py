@@ -1,0 +1,164 @@
+"""What a run is: the model, and how it is trained. Frozen, validated at the door, never edited.
+
+Keys are nanoGPT's where nanoGPT has one. Values that follow from others (`n_kv_head` from `n_head`)
+are defaults, so that deriving a config with another `n_head` moves them along.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from gptfit.errors import GptfitError, nearest
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int64": 8, "int32": 4, "uint8": 1, "bool": 1}
+
+Positive = Field(ge=1)
+
+
+def default_n_hidden(n_embd: int, mlp: str) -> int:
+    """Width of the MLP: 4·n_embd; for swiglu 8/3·n_embd rounded up to 256, as Llama does."""
+    return 4 * n_embd if mlp != "swiglu" else -(-8 * n_embd // (3 * 256)) * 256
+
+
+class ModelConfig(BaseModel):
+    """A GPT: enough to build the module and to count its parameters and activations."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    n_layer: int = Field(12, ge=1)
+    n_head: int = Field(12, ge=1)
+    n_embd: int = Field(768, ge=1)
+    n_kv_head: int = Field(default_factory=lambda data: data.get("n_head", 1), ge=1)
+    vocab_size: int = Field(50304, ge=2)
+    block_size: int = Field(1024, ge=1)
+    bias: bool = False
+    dropout: float = Field(0.0, ge=0.0, lt=1.0)
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    mlp: Literal["gelu", "swiglu", "relu2"] = "gelu"
+    n_hidden: int = Field(
+        default_factory=lambda data: default_n_hidden(data.get("n_embd", 1), data.get("mlp", "gelu")), ge=1
+    )
+    position: Literal["learned", "rope"] = "learned"
+    rope_theta: float = Field(10000.0, gt=0)
+    tie_embeddings: bool = True
+    attention: Literal["flash", "math"] = "flash"
+    qk_norm: bool = False
+    logit_softcap: float = Field(0.0, ge=0.0)
+
+    @model_validator(mode="after")
+    def _shapes_divide(self) -> Self:
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f"n_head {self.n_head} is not divisible by n_kv_head {self.n_kv_head}")
+        if self.position == "rope" and self.head_size % 2:
+            raise ValueError(f"rope needs an even head size, but n_embd / n_head is {self.head_size}")
+        return self
+
+    @property
+    def head_size(self) -> int:
+        return self.n_embd // self.n_head
+
+
+class RunConfig(ModelConfig):
+    """A model and the run that trains it. `batch_size` is the micro-batch of one GPU;
+    `gradient_accumulation_steps` counts all GPUs together, as in nanoGPT."""
+
+    batch_size: int = Field(12, ge=1)
+    gradient_accumulation_steps: int = Field(40, ge=1)
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    compile: bool = True
+    loss: Literal["full", "chunked"] = "chunked"
+    loss_chunk_size: int = Field(1024, ge=1)
+    activation_checkpointing: Literal["none", "block"] = "none"
+    checkpoint_every: int = Field(1, ge=1)
+
+    optimizer: Literal["adamw", "adamw8bit", "adafactor", "lion", "muon", "sgd"] = "adamw"
+    optimizer_impl: Literal["fused", "foreach", "for-loop"] = "fused"
+    learning_rate: float = Field(6e-4, gt=0)
+    min_lr: float = Field(default_factory=lambda data: data.get("learning_rate", 6e-4) / 10, ge=0)
+    weight_decay: float = Field(0.1, ge=0)
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.95, ge=0, lt=1)
+    momentum: float = Field(0.9, ge=0, lt=1)
+    grad_clip: float = Field(1.0, ge=0)
+    decay_lr: bool = True
+    warmup_iters: int = Field(2000, ge=0)
+    max_iters: int = Field(600000, ge=1)
+    lr_decay_iters: int = Field(default_factory=lambda data: data.get("max_iters", 600000), ge=1)
+
+    eval_interval: int = Field(2000, ge=0)
+    eval_iters: int = Field(200, ge=1)
+    eval_batch_size: int = Field(default_factory=lambda data: data.get("batch_size", 1), ge=1)
+    checkpoint_interval: int = Field(default_factory=lambda data: data.get("eval_interval", 2000) or 2000, ge=0)
+    log_interval: int = Field(1, ge=1)
+    seed: int = 1337
+
+    dataset: str = ""
+    tokenizer: str = ""
+    expandable_segments: bool = True
+    n_gpus: int = Field(1, ge=1)
+    strategy: Literal["single", "ddp", "fsdp"] = Field(
+        default_factory=lambda data: "single" if data.get("n_gpus", 1) == 1 else "ddp"
+    )
+
+    @model_validator(mode="after")
+    def _steps_divide(self) -> Self:
+        if self.gradient_accumulation_steps % self.n_gpus:
+            raise ValueError(
+                f"gradient_accumulation_steps {self.gradient_accumulation_steps} counts all GPUs together "
+                f"and is not divisible by n_gpus {self.n_gpus}"
+            )
+        if self.strategy == "single" and self.n_gpus > 1:
+            raise ValueError(f"strategy single is for one GPU, but n_gpus is {self.n_gpus}")
+        return self
+
+    @property
+    def micro_steps(self) -> int:
+        """Micro-batches that one GPU computes in one optimizer step."""
+        return self.gradient_accumulation_steps // self.n_gpus
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch_size * self.block_size * self.gradient_accumulation_steps
+
+
+KEYS = tuple(RunConfig.model_fields)
+
+# What nanoGPT's train.py sets where a config says nothing, and what its code can only do.
+NANOGPT = {
+    "loss": "full",
+    "activation_checkpointing": "none",
+    "expandable_segments": False,
+}
+
+
+def make_run(values: Mapping[str, Any]) -> RunConfig:
+    """A validated run from plain keys and values.
+
+    Raises GptfitError naming the first bad key, its value and what was expected.
+    """
+    for key in values:
+        if key not in RunConfig.model_fields:
+            raise GptfitError(
+                f'unknown key "{key}"{nearest(key, KEYS, 1)}', "keys are nanoGPT's: n_layer, batch_size …"
+            )
+    try:
+        return RunConfig.model_validate(dict(values))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = str(first["loc"][0]) if first["loc"] else ""
+        message = first["msg"].removeprefix("Value error, ")
+        message = message[:1].lower() + message[1:]
+        given = f"{key}={first['input']}: " if key else ""
+        raise GptfitError(f"{given}{message}", "change that key on the command line as KEY=VALUE") from None
+
+
+def derive(run: RunConfig, **changes: Any) -> RunConfig:
+    """`run` with some keys changed, validated; values that were never set follow along.
+
+    The only way to derive a run: pydantic's `model_copy` does not validate.
+    """
+    return make_run({**run.model_dump(exclude_unset=True), **changes})
