@@ -116,11 +116,11 @@ def read(items: list[Item]) -> Reading:
     running = best = 0
     path: tuple[tuple[int, int], ...] = ()
     for index, item in enumerate(items):
-        if type(item) is Event:
+        if isinstance(item, Event):
             running += item.sign * item.buffer.n_bytes
             if running > best:
                 best, path = running, ((index, 0),)
-        elif type(item) is Loop and item.n > 0:
+        elif isinstance(item, Loop) and item.n > 0:
             inner = read(item.body)
             growth = (item.n - 1) * inner.net_bytes if inner.net_bytes > 0 else 0
             if running + inner.peak_bytes + growth > best:
@@ -158,10 +158,10 @@ class Tape:
         items = self.items
         for index, _ in path:
             for item in items[:index]:
-                if type(item) is Mark:
+                if isinstance(item, Mark):
                     phase, op = item.phase, item.op
             target = items[index]
-            if type(target) is Loop:
+            if isinstance(target, Loop):
                 items = target.body
         return phase, op
 
@@ -194,7 +194,7 @@ class Tape:
         """Marks of the expanded tape with the number of the event they precede."""
         count = 0
         for item in _flat_items(self.items):
-            if type(item) is Mark:
+            if isinstance(item, Mark):
                 yield count, item
             else:
                 count += 1
@@ -202,7 +202,7 @@ class Tape:
 
 def _flat_items(items: list[Item]) -> Iterator[Item]:
     for item in items:
-        if type(item) is Loop:
+        if isinstance(item, Loop):
             for _ in range(item.n):
                 yield from _flat_items(item.body)
         else:
@@ -211,10 +211,10 @@ def _flat_items(items: list[Item]) -> Iterator[Item]:
 
 def _flat(items: list[Item], number: int) -> Iterator[tuple[int, Buffer, tuple[str, int]]]:
     for item in items:
-        if type(item) is Event:
+        if isinstance(item, Event):
             name = item.buffer.name
             yield item.sign, item.buffer, (name, number + item.shift if "*" in name else 0)
-        elif type(item) is Loop:
+        elif isinstance(item, Loop):
             rounds = range(item.n - 1, -1, -1) if item.reverse else range(item.n)
             for i in rounds:
                 yield from _flat(item.body, i if item.numbered else number)
@@ -227,27 +227,27 @@ def _count_until(items: list[Item], path: tuple[tuple[int, int], ...], live: Cou
     index, at = path[0]
     _count(items[:index], 1, live)
     target = items[index]
-    if type(target) is Event:
+    if isinstance(target, Event):
         live[target.buffer] += target.sign
-    elif type(target) is Loop:
+    elif isinstance(target, Loop):
         _count(target.body, at, live)
         _count_until(target.body, path[1:], live)
 
 
 def _count(items: list[Item], times: int, live: Counter[Buffer]) -> None:
     for item in items:
-        if type(item) is Event:
+        if isinstance(item, Event):
             live[item.buffer] += item.sign * times
-        elif type(item) is Loop:
+        elif isinstance(item, Loop):
             _count(item.body, times * item.n, live)
 
 
 def _phase_peaks(items: list[Item], running: int, phase: list[str], peaks: dict[str, int]) -> int:
     """Running sum after `items`; `phase` holds the current one, as marks inside loops change it."""
     for item in items:
-        if type(item) is Mark:
+        if isinstance(item, Mark):
             phase[0] = item.phase
-        elif type(item) is Event:
+        elif isinstance(item, Event):
             running += item.sign * item.buffer.n_bytes
         elif item.n > 0:
             net = read(item.body).net_bytes
