@@ -1,0 +1,213 @@
+"""A miniature of torch's autograd that moves no numbers: running a program on it writes a tape.
+
+A twin is ordinary Python that has the structure of the code it mirrors. A tensor's storage is freed
+when the last reference to it goes, which CPython does at once, as it does for torch itself; so the
+lifetimes of local variables, arguments and saved tensors are those of the real code, and nobody
+counts them by hand. Only the order in which things are dropped matters, and that is the code's.
+
+One block of a GPT is run once and recorded as the body of a loop over all of them.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from gptfit.memory.tape import Buffer, Event, Item, Loop, Mark, Tape, make_buffer
+
+Shape = tuple[int, ...]
+
+
+class Storage:
+    """Memory on the tape. Dropping the last reference writes the free."""
+
+    __slots__ = ("buffer", "shift", "writer")
+
+    def __init__(self, writer: "Writer", buffer: Buffer, shift: int = 0) -> None:
+        self.writer: Writer | None = writer
+        self.buffer = buffer
+        self.shift = shift
+
+    def __del__(self) -> None:
+        if self.writer is not None:
+            self.writer.items.append(Event(-1, self.buffer, self.shift))
+
+    def forget(self) -> None:
+        """Lets go without a free: another round, or the next step, frees it."""
+        self.writer = None
+
+
+class Node:
+    """One step of backward. `backward` turns the gradient of the output into those of `inputs`."""
+
+    __slots__ = ("backward", "inputs", "name", "param", "saved")
+
+    def __init__(
+        self,
+        name: str,
+        inputs: "Sequence[Node | None]",
+        saved: "tuple[Storage, ...]",
+        backward: "Callable[[Tensor, tuple[Storage, ...]], Sequence[Tensor | None]] | None",
+        param: "Parameter | None" = None,
+    ) -> None:
+        self.name = name
+        self.inputs = inputs
+        self.saved = saved
+        self.backward = backward
+        self.param = param
+
+
+class Tensor:
+    """A shape and a dtype on a storage; views share the storage. `node` is its place in the graph."""
+
+    __slots__ = ("dtype", "node", "shape", "storage")
+
+    def __init__(self, storage: Storage, shape: Shape, dtype: str, node: Node | None = None) -> None:
+        self.storage = storage
+        self.shape = shape
+        self.dtype = dtype
+        self.node = node
+
+
+class Parameter:
+    """A parameter of the model: counted once, alive for the whole run."""
+
+    __slots__ = (
+        "accumulate",
+        "awaited",
+        "buffer",
+        "count",
+        "dtype",
+        "gradient",
+        "has_gradient",
+        "name",
+        "shape",
+        "storage",
+    )
+
+    def __init__(self, name: str, shape: Shape, dtype: str, count: int) -> None:
+        self.name = name
+        self.shape = shape
+        self.dtype = dtype
+        self.count = count
+        self.buffer = make_buffer(name, "parameter", shape, dtype)
+        self.gradient = make_buffer(name + ".grad", "gradient", shape, dtype)
+        self.storage: Storage | None = None
+        self.has_gradient = False
+        self.awaited = 0  # gradients still to come in this backward: more than one where a parameter is shared
+        self.accumulate = Node("AccumulateGrad", (), (), None, self)
+
+
+class Writer:
+    """Writes the tape of a program: allocations through `empty`, frees through reference counts."""
+
+    def __init__(self) -> None:
+        self.items: list[Item] = []
+        self.phase = ""
+        self.parameters: dict[str, Parameter] = {}
+        self.nodes: list[Node] = []
+        self.repeat = 1  # how often what is written now happens: rounds of the enclosing loops
+        self.flops = 0
+        self.grad_enabled = True
+        self.saved_bytes = 0
+        self._counted: set[tuple[str, int]] = set()
+
+    def mark(self, op: str, phase: str | None = None) -> None:
+        self.phase = phase if phase is not None else self.phase
+        self.items.append(Mark(self.phase, op))
+
+    def empty(self, name: str, category: str, shape: Shape, dtype: str, shift: int = 0) -> Tensor:
+        """A new tensor: the allocation is written now."""
+        buffer = make_buffer(name, category, shape, dtype)
+        self.items.append(Event(1, buffer, shift))
+        return Tensor(Storage(self, buffer, shift), shape, dtype)
+
+    def parameter(self, name: str, shape: Shape, dtype: str) -> Parameter:
+        """The parameter of that name, made when first asked for. In a block's loop it stands for all rounds."""
+        if name not in self.parameters:
+            self.parameters[name] = Parameter(name, shape, dtype, self.repeat if "*" in name else 1)
+        return self.parameters[name]
+
+    def record(
+        self,
+        name: str,
+        inputs: Sequence[Node | None],
+        saved: tuple[Storage, ...],
+        backward: Callable[[Tensor, tuple[Storage, ...]], Sequence[Tensor | None]],
+    ) -> Node | None:
+        """A node for backward, which keeps `saved`; nothing where gradients are off."""
+        if not self.grad_enabled or all(node is None for node in inputs):
+            return None
+        node = Node(name, inputs, saved, backward)
+        self.nodes.append(node)
+        for edge in inputs:
+            if edge is not None and edge.param is not None:
+                edge.param.awaited += 1
+        for storage in saved:
+            key = (storage.buffer.name, storage.shift)
+            if key not in self._counted and storage.writer is self:
+                self._counted.add(key)
+                self.saved_bytes += storage.buffer.n_bytes * self.repeat
+        return node
+
+    @contextmanager
+    def loop(self, n: int, reverse: bool = False, numbered: bool = True) -> Iterator[None]:
+        """What is written inside is the body of a loop of `n` rounds."""
+        outer, self.items = self.items, []
+        self.repeat *= n
+        yield
+        self.repeat //= n
+        body, self.items = self.items, outer
+        self.items.append(Loop(n, body, reverse, numbered))
+
+    def backward(self, nodes: list[Node], grads: dict[Node, Tensor]) -> None:
+        """Runs `nodes` from the last to the first, as torch's engine does: a node's saved tensors go
+        when it has run, gradients of parameters are accumulated as soon as they are complete.
+
+        `grads` holds the gradients that have arrived, and afterwards those for nodes not in `nodes`.
+        """
+        while nodes:
+            node = nodes.pop()
+            grad = grads.pop(node, None)
+            if grad is None or node.backward is None:
+                node.saved = ()
+                continue
+            self.mark(node.name)
+            results = node.backward(grad, node.saved)
+            grad = None
+            node.backward = None
+            node.saved = ()
+            for target, result in zip(node.inputs, results, strict=True):
+                if target is not None and result is not None:
+                    self._deliver(target, result, grads)
+            results = result = None
+
+    def _deliver(self, target: Node, result: Tensor, grads: dict[Node, Tensor]) -> None:
+        """Adds `result` to what has arrived for `target`: in place, as torch does where it holds the only
+        reference (autograd/input_buffer.cpp, can_accumulate_inplace), so nothing is written."""
+        grads.setdefault(target, result)
+        param = target.param
+        if param is not None:
+            param.awaited -= 1
+            if param.awaited == 0:
+                self._accumulate(param, grads.pop(target), result)
+
+    def _accumulate(self, param: Parameter, grad: Tensor, last: Tensor) -> None:
+        """AccumulateGrad: the first gradient is taken over without a copy, later ones are added in place and dropped."""
+        if not param.has_gradient:
+            rename_last(self.items, grad.storage.buffer, param.gradient)
+            grad.storage.forget()
+
+    def tape(self) -> Tape:
+        return Tape(self.items)
+
+
+def rename_last(items: list[Item], old: Buffer, new: Buffer) -> None:
+    """The last allocation of `old` becomes one of `new`: the gradient was made as a temporary of another name.
+
+    Raises ValueError if there is none: the writer made it elsewhere.
+    """
+    for index in range(len(items) - 1, -1, -1):
+        item = items[index]
+        if isinstance(item, Event) and item.sign > 0 and item.buffer == old:
+            items[index] = Event(1, new, item.shift)
+            return
+    raise ValueError(f"the gradient {new.name} is not made where it is accumulated")
