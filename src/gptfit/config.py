@@ -5,15 +5,13 @@ are defaults, so that deriving a config with another `n_head` moves them along.
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from gptfit.errors import GptfitError, nearest
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int64": 8, "int32": 4, "uint8": 1, "bool": 1}
-
-Positive = Field(ge=1)
 
 
 def default_n_hidden(n_embd: int, mlp: str) -> int:
@@ -24,7 +22,7 @@ def default_n_hidden(n_embd: int, mlp: str) -> int:
 class ModelConfig(BaseModel):
     """A GPT: enough to build the module and to count its parameters and activations."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     n_layer: int = Field(12, ge=1)
     n_head: int = Field(12, ge=1)
@@ -127,6 +125,12 @@ class RunConfig(ModelConfig):
 
 KEYS = tuple(RunConfig.model_fields)
 
+# Far above any run (a trillion of anything), far below where products of shapes overflow a float.
+MAX_NUMBER = 10**12
+
+_HINT = "change that key on the command line as KEY=VALUE"
+_HINT_KEYS = "keys are nanoGPT's: n_layer, batch_size …"
+
 # What nanoGPT's train.py sets where a config says nothing, and what its code can only do.
 NANOGPT = {
     "loss": "full",
@@ -140,20 +144,47 @@ def make_run(values: Mapping[str, Any]) -> RunConfig:
 
     Raises GptfitError naming the first bad key, its value and what was expected.
     """
-    for key in values:
-        if key not in RunConfig.model_fields:
-            raise GptfitError(
-                f'unknown key "{key}"{nearest(key, KEYS, 1)}', "keys are nanoGPT's: n_layer, batch_size …"
-            )
+    for key, value in values.items():
+        check_key(key)
+        # pydantic reads True as the integer 1, which nobody means by batch_size=True.
+        if isinstance(value, bool) and RunConfig.model_fields[key].annotation in (int, float):
+            raise GptfitError(f"{key}={value}: expected a number", _HINT)
     try:
-        return RunConfig.model_validate(dict(values))
+        run = RunConfig.model_validate(dict(values))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         key = str(first["loc"][0]) if first["loc"] else ""
-        message = first["msg"].removeprefix("Value error, ")
-        message = message[:1].lower() + message[1:]
-        given = f"{key}={first['input']}: " if key else ""
-        raise GptfitError(f"{given}{message}", "change that key on the command line as KEY=VALUE") from None
+        given = f"{key}={shown(first['input'])}: " if key else ""
+        raise GptfitError(f"{given}{_expected(key, first['input'], first['msg'])}", _HINT) from None
+    for key in values:
+        value = getattr(run, key)
+        if isinstance(value, int | float) and abs(value) > MAX_NUMBER:
+            raise GptfitError(f"{key}={shown(value)}: expected at most {MAX_NUMBER:.0e}", _HINT)
+    return run
+
+
+def check_key(key: str, where: str = "") -> None:
+    """Raises GptfitError with the nearest key unless `key` is one of RunConfig's; `where` opens the line."""
+    if key not in RunConfig.model_fields:
+        raise GptfitError(f'{where}unknown key "{shown(key)}"{nearest(key[:60], KEYS, 1)}', _HINT_KEYS)
+
+
+def shown(value: Any, limit: int = 60) -> str:
+    """A given value as an error line prints it: no line breaks, cut at `limit` characters."""
+    if isinstance(value, int) and value.bit_length() > 200:  # str() of a huge integer is slow, then an error
+        return f"a number of {value.bit_length()} bits"
+    text = str(value)
+    cut = text if len(text) <= limit else text[:limit] + "…"
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in cut)
+
+
+def _expected(key: str, given: Any, message: str) -> str:
+    """What `key` takes: the choices and the nearest of them, or pydantic's own words."""
+    choices = get_args(RunConfig.model_fields[key].annotation) if key else ()
+    if choices:
+        return f"expected {', '.join(choices[:-1])} or {choices[-1]}{nearest(str(given), choices, 1)}"
+    message = message.removeprefix("Value error, ")
+    return (message[:1].lower() + message[1:]).replace("input should be", "expected").split(", unable to parse")[0]
 
 
 def derive(run: RunConfig, **changes: Any) -> RunConfig:
