@@ -64,7 +64,6 @@ HARMLESS = frozenset(OTHER_TRAIN_PY) | {
     *("data_dir", "log_dir", "num_workers", "tensorboard_log", "log_interval", "save_interval", "verbose", "resume"),
     *("ckpt_path", "title", "source"),
 }
-)
 
 # Character-level data sets, whose meta.pkl sets the vocabulary: nanoGPT's data/*/prepare.py prints it.
 CHARACTER_VOCABULARIES = {"shakespeare_char": 65}
