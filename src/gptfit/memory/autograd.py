@@ -106,9 +106,9 @@ class Writer:
         self.nodes: list[Node] = []
         self.repeat = 1  # how often what is written now happens: rounds of the enclosing loops
         self.flops = 0
+        self.shift = 0  # position within a loop body of several blocks
         self.grad_enabled = True
-        self.saved_bytes = 0
-        self._counted: set[tuple[str, int]] = set()
+        self.training = True
 
     def mark(self, op: str, phase: str | None = None) -> None:
         self.phase = phase if phase is not None else self.phase
@@ -117,8 +117,13 @@ class Writer:
     def empty(self, name: str, category: str, shape: Shape, dtype: str, shift: int = 0) -> Tensor:
         """A new tensor: the allocation is written now."""
         buffer = make_buffer(name, category, shape, dtype)
+        shift += self.shift
         self.items.append(Event(1, buffer, shift))
         return Tensor(Storage(self, buffer, shift), shape, dtype)
+
+    def take_over(self, buffer: Buffer, node: Node | None, shift: int = 0) -> Tensor:
+        """A tensor that was made elsewhere on the tape: freeing it is ours from here on."""
+        return Tensor(Storage(self, buffer, shift + self.shift), buffer.shape, buffer.dtype, node)
 
     def parameter(self, name: str, shape: Shape, dtype: str) -> Parameter:
         """The parameter of that name, made when first asked for. In a block's loop it stands for all rounds."""
@@ -141,22 +146,17 @@ class Writer:
         for edge in inputs:
             if edge is not None and edge.param is not None:
                 edge.param.awaited += 1
-        for storage in saved:
-            key = (storage.buffer.name, storage.shift)
-            if key not in self._counted and storage.writer is self:
-                self._counted.add(key)
-                self.saved_bytes += storage.buffer.n_bytes * self.repeat
         return node
 
     @contextmanager
-    def loop(self, n: int, reverse: bool = False, numbered: bool = True) -> Iterator[None]:
+    def loop(self, n: int, reverse: bool = False, start: int = 0, stride: int = 1) -> Iterator[None]:
         """What is written inside is the body of a loop of `n` rounds."""
         outer, self.items = self.items, []
         self.repeat *= n
         yield
         self.repeat //= n
         body, self.items = self.items, outer
-        self.items.append(Loop(n, body, reverse, numbered))
+        self.items.append(Loop(n, body, reverse, True, start, stride))
 
     def backward(self, nodes: list[Node], grads: dict[Node, Tensor]) -> None:
         """Runs `nodes` from the last to the first, as torch's engine does: a node's saved tensors go
@@ -172,7 +172,7 @@ class Writer:
                 continue
             self.mark(node.name)
             results = node.backward(grad, node.saved)
-            grad = None
+            del grad
             node.backward = None
             node.saved = ()
             for target, result in zip(node.inputs, results, strict=True):
@@ -188,10 +188,10 @@ class Writer:
         if param is not None:
             param.awaited -= 1
             if param.awaited == 0:
-                self._accumulate(param, grads.pop(target), result)
+                self._accumulate(param, grads.pop(target))
 
-    def _accumulate(self, param: Parameter, grad: Tensor, last: Tensor) -> None:
-        """AccumulateGrad: the first gradient is taken over without a copy, later ones are added in place and dropped."""
+    def _accumulate(self, param: Parameter, grad: Tensor) -> None:
+        """AccumulateGrad: the first gradient is taken over without a copy, later ones are added in place."""
         if not param.has_gradient:
             rename_last(self.items, grad.storage.buffer, param.gradient)
             grad.storage.forget()
@@ -208,6 +208,6 @@ def rename_last(items: list[Item], old: Buffer, new: Buffer) -> None:
     for index in range(len(items) - 1, -1, -1):
         item = items[index]
         if isinstance(item, Event) and item.sign > 0 and item.buffer == old:
-            items[index] = Event(1, new, item.shift)
+            items[index] = item._replace(buffer=new)
             return
     raise ValueError(f"the gradient {new.name} is not made where it is accumulated")

@@ -25,7 +25,7 @@ def cast(w: Writer, x: Tensor, dtype: str, name: str = "") -> Tensor:
     source, shape, buffer = x.dtype, x.shape, x.storage.buffer
     label = name or f"{buffer.name} as {dtype}"
     category = "activation" if buffer.category == "parameter" else buffer.category
-    y = w.empty(label, category, shape, dtype, x.storage.shift)
+    y = w.empty(label, category, shape, dtype)
 
     def backward(grad: Tensor, saved: Saved) -> list[Tensor]:
         return [w.empty(f"{buffer.name} gradient", "temporary", shape, source)]
@@ -103,7 +103,7 @@ def multiply(w: Writer, x: Tensor, y: Tensor, name: str) -> Tensor:
 
 def dropout(w: Writer, x: Tensor, p: float, name: str) -> Tensor:
     """CUDA's native_dropout: the output and a boolean mask, which is saved. Nothing where p is 0 or in evaluation."""
-    if p == 0.0 or not w.grad_enabled:
+    if p == 0.0 or not w.training:
         return x
     shape, dtype = x.shape, x.dtype
     y = w.empty(name, "activation", shape, dtype)
@@ -203,7 +203,7 @@ def cross_entropy(w: Writer, logits: Tensor, targets: Tensor, name: str = "cross
         return [w.empty(f"{name} gradient", "logits", shape, "float32")]
 
     log_probs.node = w.record("log_softmax", (logits.node,), (log_probs.storage,), log_softmax_backward)
-    loss = w.empty("loss", "activation", (), "float32")
+    loss = w.empty("mean loss", "activation", (), "float32")
     total_weight = w.empty("loss weight", "activation", (), "float32")
 
     def nll_backward(grad: Tensor, saved: Saved) -> list[Tensor]:

@@ -1,14 +1,17 @@
 """An optimizer step as a tape: micro-steps, clipping, the optimizer; the first step of a run and the steady one."""
 
+import math
 from dataclasses import dataclass
 
 from gptfit.config import RunConfig
 from gptfit.memory import ops, optimizers
-from gptfit.memory.autograd import Node, Parameter, Tensor, Writer
-from gptfit.memory.nanogpt import NanoGPT, take_over
-from gptfit.memory.tape import Event, Item, Loop, Mark, Tape, make_buffer
+from gptfit.memory.autograd import Parameter, Writer
+from gptfit.memory.nanogpt import NanoGPT
+from gptfit.memory.programs import Program
+from gptfit.memory.tape import Buffer, Event, Item, Loop, Mark, Tape, make_buffer
 
-PROGRAMS = {"nanogpt": NanoGPT}
+PROGRAMS: dict[str, type[Program]] = {"nanogpt": NanoGPT}
+LOSS = make_buffer("loss", "activation", (), "float32")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,71 +34,69 @@ class Pieces:
     n_params: int
 
 
-def micro_step(w: Writer, program: NanoGPT, kept: bool) -> list[Item]:
-    """Writes one micro-step and returns what its variables hold at its end, as allocations."""
+def micro_step(w: Writer, program: Program, kept: bool) -> tuple[list[Item], int]:
+    """Writes one micro-step as train loops run it: forward, the next batch fetched, backward.
+
+    Returns what the loop's variables hold at its end, as allocations, and the bytes kept for backward.
+    """
     run = program.run
     w.items = []
-    batch = make_buffer("X", "buffer", (run.batch_size, run.block_size), "int64")
-    targets = make_buffer("Y", "buffer", (run.batch_size, run.block_size), "int64")
-    held = [take_over(w, buffer, None) for buffer in (program.kept_buffers() if kept else [])]
-    x, y = take_over(w, batch, None), take_over(w, targets, None)
-    logits, loss, stages = program.forward(x, y)
+    held = [w.take_over(buffer, None) for buffer in (*program.kept_buffers(), LOSS)] if kept else []
+    x, y = (w.take_over(buffer, None) for buffer in batch_buffers(run))
+    loss, returned = program.forward(x, y)
     held.clear()
-    w.nodes = stages[2]
-    loss = ops.scale(w, loss, "scaled loss")
-    x, y = w.empty("X", "buffer", batch.shape, "int64"), w.empty("Y", "buffer", targets.shape, "int64")
+    saved_bytes = program.saved_bytes()
+    loss = ops.scale(w, loss, LOSS.name)
+    x, y = (w.empty(*buffer[:4]) for buffer in batch_buffers(run))
     w.mark("loss", "loss backward")
-    root = loss.node
-    grads = {root: w.empty("loss gradient", "temporary", (), "float32")} if root is not None else {}
+    root, loss.node = loss.node, None
+    assert root is not None
+    program.head_nodes.append(root)
+    grads = {root: w.empty("loss gradient", "temporary", (), "float32")}
     del root
-    backward(w, program, stages, grads)
-    kept_items: list[Item] = []
-    for tensor in (logits, loss, x, y):
+    w.nodes = []
+    program.backward(grads)
+    for tensor in (*returned, loss, x, y):
         tensor.storage.forget()
-    for tensor in (logits, loss):
-        kept_items.append(Event(1, tensor.storage.buffer))
-    return kept_items
+    return [Event(1, tensor.storage.buffer) for tensor in (*returned, loss)], saved_bytes
 
 
-def backward(w: Writer, program: NanoGPT, stages: list[list[Node]], grads: dict[Node, Tensor]) -> None:
-    """Head, then the blocks as a loop downwards, then the embedding."""
-    embed, block, head = stages
-    w.backward(head, grads)
-    grad = grads.pop(program.last_node)
-    buffer = grad.storage.buffer
-    grad.storage.forget()
-    del grad
-    with w.loop(program.run.n_layer, reverse=True):
-        w.mark("block", "backward")
-        grads[program.last_node] = take_over(w, buffer, None)
-        w.backward(block, grads)
-        grads.pop(program.entry).storage.forget()
-    w.mark("embedding")
-    grads[program.first_node] = take_over(w, buffer, None)
-    w.backward(embed, grads)
-    grads.clear()
+def evaluation(w: Writer, program: Program) -> list[Item]:
+    """One batch of the validation loss: no gradients, so each activation goes as soon as the next is there."""
+    w.items = []
+    w.grad_enabled = w.training = False
+    x, y = (w.empty(*buffer[:4]) for buffer in batch_buffers(program.run))
+    loss, returned = program.forward(x, y)
+    del loss, returned, x, y
+    w.grad_enabled = w.training = True
+    return w.items
+
+
+def batch_buffers(run: RunConfig) -> tuple[Buffer, Buffer]:
+    """Inputs and targets: int64 token ids, [B, T] each."""
+    shape = (run.batch_size, run.block_size)
+    return make_buffer("X", "buffer", shape, "int64"), make_buffer("Y", "buffer", shape, "int64")
 
 
 def pieces(run: RunConfig, program: str) -> Pieces:
+    """Raises GptfitError where the program's code cannot do what the run asks."""
     w = Writer()
     twin = PROGRAMS[program](w, run)
-    micro = []
+    micro: list[list[Item]] = []
     kept: list[Item] = []
     flops = saved = 0
     for has_kept, has_gradient in ((False, False), (True, False), (True, True)):
         for param in w.parameters.values():
             param.has_gradient = has_gradient
-        w.flops = w.saved_bytes = 0
-        w._counted.clear()
-        kept = micro_step(w, twin, has_kept)
+        w.flops = 0
+        kept, saved = micro_step(w, twin, has_kept)
         micro.append(w.items)
-        flops, saved = w.flops, w.saved_bytes
+        flops = w.flops
     params = list(w.parameters.values())
     n_layer = run.n_layer
-    shape = (run.batch_size, run.block_size)
     return Pieces(
         parameters=tuple(params),
-        batch=[Event(1, make_buffer(name, "buffer", shape, "int64")) for name in ("X", "Y")],
+        batch=[Event(1, buffer) for buffer in batch_buffers(run)],
         first_micro=micro[0],
         fresh_micro=micro[1],
         next_micro=micro[2],
@@ -107,7 +108,7 @@ def pieces(run: RunConfig, program: str) -> Pieces:
         kept=kept,
         flops_per_token=3 * flops // (run.batch_size * run.block_size),
         saved_bytes=saved,
-        n_params=sum(_numel(p.shape) * p.count for p in params),
+        n_params=sum(math.prod(p.shape) * p.count for p in params),
     )
 
 
@@ -119,10 +120,3 @@ def steady_step(run: RunConfig, p: Pieces) -> Tape:
         items.append(Loop(run.micro_steps - 1, p.next_micro, numbered=False))
     items += [Mark("optimizer", "clip_grad_norm_"), *p.clip, Mark("optimizer", "step"), *p.step, *p.zero_grad]
     return Tape(items)
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    n = 1
-    for size in shape:
-        n *= size
-    return n

@@ -80,16 +80,18 @@ class Mark(NamedTuple):
 
 
 class Loop(NamedTuple):
-    """`body` repeated `n` times; round numbers run downwards if `reverse`.
+    """`body` repeated `n` times; rounds run downwards if `reverse`.
 
-    Only the loop over blocks numbers its buffers; a loop over micro-steps reuses their names
-    (`numbered` False), and a free releases the oldest of that name.
+    Only a loop over blocks numbers its buffers, round i from `start` + i·`stride`; a loop over
+    micro-steps reuses their names (`numbered` False), and a free releases the oldest of that name.
     """
 
     n: int
     body: "list[Item]"
     reverse: bool = False
     numbered: bool = True
+    start: int = 0
+    stride: int = 1
 
 
 Item = Event | Mark | Loop
@@ -217,7 +219,7 @@ def _flat(items: list[Item], number: int) -> Iterator[tuple[int, Buffer, tuple[s
         elif isinstance(item, Loop):
             rounds = range(item.n - 1, -1, -1) if item.reverse else range(item.n)
             for i in rounds:
-                yield from _flat(item.body, i if item.numbered else number)
+                yield from _flat(item.body, item.start + i * item.stride if item.numbered else number)
 
 
 def _count_until(items: list[Item], path: tuple[tuple[int, int], ...], live: Counter[Buffer]) -> None:
