@@ -97,6 +97,8 @@ def _read(config: str | None, overridden: frozenset[str]) -> _Layers:
                 "rename it after what it holds, for example run.yaml",
             )
         load_preset(config)  # raises with the nearest names
+    if path.stem in preset_names() and not _exists(path):
+        raise GptfitError(f'there is no file "{shown(path, 200)}"; did you mean {path.stem}?', "a preset has no suffix")
     if suffix == ".py":
         file = read_nanogpt(path, overridden)
         return _Layers(TRAIN_PY, file.values, file.other, file.ignored, program="nanogpt")

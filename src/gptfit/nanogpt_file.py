@@ -123,7 +123,7 @@ def read_nanogpt(path: Path, overridden: Collection[str] = ()) -> NanogptFile:
                 )
         elif key not in source.used and key not in source.local:
             check_key(key, where)
-    if not values and not ignored:
+    if not ignored and not any(key in RunConfig.model_fields for key in source.bindings):
         raise GptfitError(f"{path.name} sets no key of a run", "a nanoGPT config holds lines such as batch_size = 8")
     return NanogptFile(values, other, ignored)
 

@@ -10,7 +10,9 @@ from typing import Any
 from gptfit.config import RunConfig, shown
 from gptfit.errors import GptfitError
 
-_WORDS = {"true": True, "false": False, "null": None, "none": None, "~": None, "": None}
+# "none" is not among them: it is a choice of activation_checkpointing.
+_WORDS = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
+_NOTHING = ("", "~", "null", "None")
 _INTEGER = re.compile(r"[-+]?[0-9][0-9_]{0,39}")
 _FLOAT = re.compile(r"[-+]?(?:[0-9][0-9_]{0,39}\.?[0-9_]{0,39}|\.[0-9][0-9_]{0,39})(?:[eE][-+]?[0-9]{1,4})?")
 
@@ -20,8 +22,10 @@ def parse_scalar(key: str, text: str) -> Any:
     field = RunConfig.model_fields.get(key)
     if field is not None and field.annotation is str:
         return text
-    if text.lower() in _WORDS:
-        return _WORDS[text.lower()]
+    if text in _NOTHING:
+        return None
+    if text in _WORDS:
+        return _WORDS[text]
     for pattern, read in ((_INTEGER, int), (_FLOAT, float)):
         if pattern.fullmatch(text):
             try:
