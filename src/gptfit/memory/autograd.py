@@ -38,7 +38,7 @@ class Storage:
 class Node:
     """One step of backward. `backward` turns the gradient of the output into those of `inputs`."""
 
-    __slots__ = ("backward", "inputs", "name", "param", "saved")
+    __slots__ = ("awaited", "backward", "inputs", "name", "param", "saved", "shift")
 
     def __init__(
         self,
@@ -53,6 +53,8 @@ class Node:
         self.saved = saved
         self.backward = backward
         self.param = param
+        self.shift = 0
+        self.awaited = 0  # of a parameter: gradients still to come, more than one where it is shared
 
 
 class Tensor:
@@ -92,14 +94,14 @@ class Parameter:
         self.gradient = make_buffer(name + ".grad", "gradient", shape, dtype)
         self.storage: Storage | None = None
         self.has_gradient = False
-        self.awaited = 0  # gradients still to come in this backward: more than one where a parameter is shared
-        self.accumulate = Node("AccumulateGrad", (), (), None, self)
+        self.accumulate: dict[int, Node] = {}  # by the block it stands for first
 
 
 class Writer:
     """Writes the tape of a program: allocations through `empty`, frees through reference counts."""
 
-    def __init__(self) -> None:
+    def __init__(self, n_layer: int) -> None:
+        self.n_layer = n_layer
         self.items: list[Item] = []
         self.phase = ""
         self.parameters: dict[str, Parameter] = {}
@@ -107,6 +109,7 @@ class Writer:
         self.repeat = 1  # how often what is written now happens: rounds of the enclosing loops
         self.flops = 0
         self.shift = 0  # position within a loop body of several blocks
+        self.start = 0  # the first block of that loop
         self.grad_enabled = True
         self.training = True
 
@@ -126,9 +129,9 @@ class Writer:
         return Tensor(Storage(self, buffer, shift + self.shift), buffer.shape, buffer.dtype, node)
 
     def parameter(self, name: str, shape: Shape, dtype: str) -> Parameter:
-        """The parameter of that name, made when first asked for. In a block's loop it stands for all rounds."""
+        """The parameter of that name, made when first asked for; with a `*` it stands for those of all blocks."""
         if name not in self.parameters:
-            self.parameters[name] = Parameter(name, shape, dtype, self.repeat if "*" in name else 1)
+            self.parameters[name] = Parameter(name, shape, dtype, self.n_layer if "*" in name else 1)
         return self.parameters[name]
 
     def record(
@@ -142,10 +145,11 @@ class Writer:
         if not self.grad_enabled or all(node is None for node in inputs):
             return None
         node = Node(name, inputs, saved, backward)
+        node.shift = self.shift
         self.nodes.append(node)
         for edge in inputs:
             if edge is not None and edge.param is not None:
-                edge.param.awaited += 1
+                edge.awaited += 1
         return node
 
     @contextmanager
@@ -153,6 +157,7 @@ class Writer:
         """What is written inside is the body of a loop of `n` rounds."""
         outer, self.items = self.items, []
         self.repeat *= n
+        self.start = start
         yield
         self.repeat //= n
         body, self.items = self.items, outer
@@ -171,6 +176,7 @@ class Writer:
                 node.saved = ()
                 continue
             self.mark(node.name)
+            self.shift = node.shift
             results = node.backward(grad, node.saved)
             del grad
             node.backward = None
@@ -179,16 +185,16 @@ class Writer:
                 if target is not None and result is not None:
                     self._deliver(target, result, grads)
             results = result = None
+        self.shift = 0
 
     def _deliver(self, target: Node, result: Tensor, grads: dict[Node, Tensor]) -> None:
         """Adds `result` to what has arrived for `target`: in place, as torch does where it holds the only
         reference (autograd/input_buffer.cpp, can_accumulate_inplace), so nothing is written."""
         grads.setdefault(target, result)
-        param = target.param
-        if param is not None:
-            param.awaited -= 1
-            if param.awaited == 0:
-                self._accumulate(param, grads.pop(target))
+        if target.param is not None:
+            target.awaited -= 1
+            if target.awaited == 0:
+                self._accumulate(target.param, grads.pop(target))
 
     def _accumulate(self, param: Parameter, grad: Tensor) -> None:
         """AccumulateGrad: the first gradient is taken over without a copy, later ones are added in place."""

@@ -45,6 +45,7 @@ class NanoGPT(Program):
     def attention(self, x: Tensor) -> Tensor:
         w, run = self.w, self.run
         qkv = call(self.linear, x, "h.*.attn.c_attn", 3 * run.n_embd, run.bias)
+        qkv = ops.split_heads(w, qkv, "h.*.attn.qkv")
         y = ops.flash_attention(w, qkv, run.n_head, run.n_head, run.head_size, "h.*.attn.y")
         y = call(self.linear, y, "h.*.attn.c_proj", run.n_embd, run.bias)
         return call(ops.dropout, w, y, run.dropout, "h.*.attn.resid_dropout")

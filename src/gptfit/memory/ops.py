@@ -15,7 +15,10 @@ def use(w: Writer, param: Parameter) -> Tensor:
     if param.storage is None:
         param.storage = Storage(w, param.buffer)
         param.storage.forget()
-    return Tensor(param.storage, param.shape, param.dtype, param.accumulate if w.grad_enabled else None)
+    node = None
+    if w.grad_enabled:
+        node = param.accumulate.setdefault(w.start + w.shift, Node("AccumulateGrad", (), (), None, param))
+    return Tensor(param.storage, param.shape, param.dtype, node)
 
 
 def cast(w: Writer, x: Tensor, dtype: str, name: str = "") -> Tensor:
@@ -101,6 +104,23 @@ def multiply(w: Writer, x: Tensor, y: Tensor, name: str) -> Tensor:
     return out
 
 
+def square(w: Writer, x: Tensor, name: str) -> Tensor:
+    """x²: saves x; pow's backward makes x^1 and 2·x^1 on its way (derivatives.yaml, pow.Tensor_Scalar)."""
+    shape, dtype = x.shape, x.dtype
+    y = w.empty(name, "activation", shape, dtype)
+
+    def backward(grad: Tensor, saved: Saved) -> list[Tensor]:
+        power = w.empty(f"{name} power", "temporary", shape, dtype)
+        doubled = w.empty(f"{name} doubled", "temporary", shape, dtype)
+        del power
+        result = w.empty(f"{name} input gradient", "temporary", shape, dtype)
+        del doubled
+        return [result]
+
+    y.node = w.record(name, (x.node,), (x.storage,), backward)
+    return y
+
+
 def dropout(w: Writer, x: Tensor, p: float, name: str) -> Tensor:
     """CUDA's native_dropout: the output and a boolean mask, which is saved. Nothing where p is 0 or in evaluation."""
     if p == 0.0 or not w.training:
@@ -154,32 +174,44 @@ def embedding(w: Writer, indices: Tensor, weight: Tensor, name: str) -> Tensor:
     return y
 
 
-def flash_attention(w: Writer, qkv: Tensor, n_head: int, n_kv_head: int, head_size: int, name: str) -> Tensor:
-    """Causal attention on q, k, v that are views of one projection. Saves q, k, v, the output and the fp32
-    log-sum-exp of each row; backward makes the gradients of q, k and v, and joins them.
+def split_heads(w: Writer, qkv: Tensor, name: str) -> Tensor:
+    """q, k and v as views of one projection; backward joins their three gradients."""
+    shape, dtype = qkv.shape, qkv.dtype
+
+    def backward(grad: Tensor, saved: Saved) -> list[Tensor]:
+        return [w.empty(f"{name} gradient", "temporary", shape, dtype)]
+
+    return Tensor(qkv.storage, shape, dtype, w.record(f"{name} split", (qkv.node,), (), backward))
+
+
+def flash_attention(
+    w: Writer, qkv: Tensor, n_head: int, n_kv_head: int, head_size: int, name: str, sources: tuple[Storage, ...] = ()
+) -> Tensor:
+    """Causal attention. Saves q, k, v (views of `qkv`, or `sources` where they were made anew), the output and
+    the fp32 log-sum-exp of each row; backward makes the gradients of q, k and v.
 
     4·T·C FLOPs a token in forward, the causal half not taken off (PaLM, appendix B).
     """
     b, t = qkv.shape[:2]
-    dtype, qkv_shape = qkv.dtype, qkv.shape
+    dtype = qkv.dtype
     out = w.empty(name, "activation", (b, t, n_head * head_size), dtype)
     # The memory-efficient kernel, which takes fp32, pads the rows to 32 (aten/native/transformers/cuda/attention.cu).
     rows = t if dtype != "float32" else -(-t // 32) * 32
     lse = w.empty(f"{name} log-sum-exp", "activation", (b, n_head, rows), "float32")
     w.flops += 4 * b * t * t * n_head * head_size * w.repeat
 
-    def split_backward(grad: Tensor, saved: Saved) -> list[Tensor]:
-        return [w.empty(f"{name} qkv gradient", "temporary", qkv_shape, dtype)]
-
     def backward(grad: Tensor, saved: Saved) -> list[Tensor]:
-        parts = [
-            w.empty(f"{name} gradient of {part}", "temporary", (b, t, heads, head_size), dtype)
-            for part, heads in (("q", n_head), ("k", n_kv_head), ("v", n_kv_head))
+        return [
+            Bundle(
+                [
+                    w.empty(f"{name} gradient of {part}", "temporary", (b, t, heads, head_size), dtype)
+                    for part, heads in (("q", n_head), ("k", n_kv_head), ("v", n_kv_head))
+                ]
+            )
         ]
-        return [Bundle(parts)]
 
-    split = w.record("split", (qkv.node,), (), split_backward)
-    out.node = w.record(name, (split,), (qkv.storage, out.storage, lse.storage), backward)
+    saved = (*(sources or (qkv.storage,)), out.storage, lse.storage)
+    out.node = w.record(name, (qkv.node,), saved, backward)
     return out
 
 

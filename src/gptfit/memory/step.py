@@ -3,14 +3,15 @@
 import math
 from dataclasses import dataclass
 
-from gptfit.config import RunConfig
+from gptfit.config import RunConfig, derive
 from gptfit.memory import ops, optimizers
 from gptfit.memory.autograd import Parameter, Writer
 from gptfit.memory.nanogpt import NanoGPT
+from gptfit.memory.ours import Ours
 from gptfit.memory.programs import Program
 from gptfit.memory.tape import Buffer, Event, Item, Loop, Mark, Tape, make_buffer
 
-PROGRAMS: dict[str, type[Program]] = {"nanogpt": NanoGPT}
+PROGRAMS: dict[str, type[Program]] = {"nanogpt": NanoGPT, "gptfit": Ours}
 LOSS = make_buffer("loss", "activation", (), "float32")
 
 
@@ -29,6 +30,7 @@ class Pieces:
     zero_grad: list[Item]
     parameter_items: list[Item]
     kept: list[Item]  # what the loop's variables hold between micro-steps
+    evaluation: list[Item]
     flops_per_token: int
     saved_bytes: int
     n_params: int
@@ -61,14 +63,15 @@ def micro_step(w: Writer, program: Program, kept: bool) -> tuple[list[Item], int
     return [Event(1, tensor.storage.buffer) for tensor in (*returned, loss)], saved_bytes
 
 
-def evaluation(w: Writer, program: Program) -> list[Item]:
+def evaluation(w: Writer, program: str, run: RunConfig) -> list[Item]:
     """One batch of the validation loss: no gradients, so each activation goes as soon as the next is there."""
-    w.items = []
+    twin = PROGRAMS[program](
+        w, derive(run, batch_size=run.eval_batch_size) if run.eval_batch_size != run.batch_size else run
+    )
     w.grad_enabled = w.training = False
-    x, y = (w.empty(*buffer[:4]) for buffer in batch_buffers(program.run))
-    loss, returned = program.forward(x, y)
+    x, y = (w.empty(*buffer[:4]) for buffer in batch_buffers(twin.run))
+    loss, returned = twin.forward(x, y)
     del loss, returned, x, y
-    w.grad_enabled = w.training = True
     return w.items
 
 
@@ -80,7 +83,7 @@ def batch_buffers(run: RunConfig) -> tuple[Buffer, Buffer]:
 
 def pieces(run: RunConfig, program: str) -> Pieces:
     """Raises GptfitError where the program's code cannot do what the run asks."""
-    w = Writer()
+    w = Writer(run.n_layer)
     twin = PROGRAMS[program](w, run)
     micro: list[list[Item]] = []
     kept: list[Item] = []
@@ -106,6 +109,7 @@ def pieces(run: RunConfig, program: str) -> Pieces:
         zero_grad=optimizers.gradient_items(params, n_layer, -1),
         parameter_items=optimizers.parameter_items(params, n_layer),
         kept=kept,
+        evaluation=evaluation(Writer(run.n_layer), program, run),
         flops_per_token=3 * flops // (run.batch_size * run.block_size),
         saved_bytes=saved,
         n_params=sum(math.prod(p.shape) * p.count for p in params),
@@ -119,4 +123,18 @@ def steady_step(run: RunConfig, p: Pieces) -> Tape:
     if run.micro_steps > 1:
         items.append(Loop(run.micro_steps - 1, p.next_micro, numbered=False))
     items += [Mark("optimizer", "clip_grad_norm_"), *p.clip, Mark("optimizer", "step"), *p.step, *p.zero_grad]
+    return Tape(items)
+
+
+def first_steps(run: RunConfig, p: Pieces, n_steps: int = 3, n_micro: int = 3) -> Tape:
+    """A run from its start, for the allocator: evaluation, the first step, which creates the optimizer's
+    state, and steady ones. From the third micro-step of a step on nothing new happens, so `n_micro` are enough."""
+    items: list[Item] = [Mark("setup", "parameters"), *p.parameter_items, *p.batch, *p.evaluation]
+    micro_steps = min(run.micro_steps, n_micro)
+    for step in range(n_steps):
+        items += p.fresh_micro if step else p.first_micro
+        if micro_steps > 1:
+            items.append(Loop(micro_steps - 1, p.next_micro, numbered=False))
+        items += [Mark("optimizer", "clip_grad_norm_"), *p.clip, Mark("optimizer", "step")]
+        items += [*(p.states if step == 0 else []), *p.step, *p.zero_grad]
     return Tape(items)
