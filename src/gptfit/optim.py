@@ -1,0 +1,185 @@
+"""Optimizers by name, and the learning rate of each step."""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from gptfit.config import RunConfig
+from gptfit.errors import GptfitError, nearest
+
+Groups = list[dict[str, Any]]
+
+
+class Stepper(Protocol):
+    """What the training loop, the GradScaler and checkpoints need of an optimizer."""
+
+    @property
+    def param_groups(self) -> Groups: ...
+    def step(self) -> Any: ...
+    def zero_grad(self, set_to_none: bool = True) -> None: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
+
+
+class Lion(torch.optim.Optimizer):
+    """Lion (arXiv 2302.06675, algorithm 2): one momentum a parameter, steps of equal size in every coordinate.
+
+    Its step makes one temporary of the size of one parameter at a time.
+    """
+
+    def __init__(self, params: Groups, lr: float, betas: tuple[float, float], weight_decay: float = 0.0) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        for group in self.param_groups:
+            lr, (beta1, beta2) = group["lr"], group["betas"]
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    state["exp_avg"] = torch.zeros_like(parameter)
+                update = state["exp_avg"].lerp(parameter.grad, 1 - beta1).sign_()
+                parameter.mul_(1 - lr * group["weight_decay"]).add_(update, alpha=-lr)
+                state["exp_avg"].lerp_(parameter.grad, 1 - beta2)
+
+
+class Together:
+    """Several optimizers that step as one. Its groups are theirs, so a learning rate set here arrives there."""
+
+    def __init__(self, parts: Iterable[torch.optim.Optimizer]) -> None:
+        self.parts = tuple(parts)
+
+    @property
+    def param_groups(self) -> Groups:
+        return [group for part in self.parts for group in part.param_groups]
+
+    def step(self) -> None:
+        for part in self.parts:
+            part.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for part in self.parts:
+            part.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"parts": [part.state_dict() for part in self.parts]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for part, state in zip(self.parts, state_dict["parts"], strict=True):
+            part.load_state_dict(state)
+
+
+def decay_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> Groups:
+    """Matrices decay, vectors (norms, biases) do not, as in nanoGPT; groups without parameters are left out."""
+    parameters = [parameter for _, parameter in named]
+    matrices = [p for p in parameters if p.dim() >= 2]
+    vectors = [p for p in parameters if p.dim() < 2]
+    groups = ({"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0})
+    return [group for group in groups if group["params"]]
+
+
+def _implementation(run: RunConfig) -> dict[str, bool]:
+    return {"fused": run.optimizer_impl == "fused", "foreach": run.optimizer_impl == "foreach"}
+
+
+def _adamw(model: nn.Module, run: RunConfig) -> Stepper:
+    groups = decay_groups(model.named_parameters(), run.weight_decay)
+    return torch.optim.AdamW(groups, lr=run.learning_rate, betas=(run.beta1, run.beta2), **_implementation(run))
+
+
+def _sgd(model: nn.Module, run: RunConfig) -> Stepper:
+    groups = decay_groups(model.named_parameters(), run.weight_decay)
+    return torch.optim.SGD(groups, lr=run.learning_rate, momentum=run.momentum, **_implementation(run))
+
+
+def _adafactor(model: nn.Module, run: RunConfig) -> Stepper:
+    groups = decay_groups(model.named_parameters(), run.weight_decay)
+    # It has no fused form: foreach unless a loop is asked for.
+    return torch.optim.Adafactor(groups, lr=run.learning_rate, foreach=run.optimizer_impl != "for-loop")
+
+
+def _lion(model: nn.Module, run: RunConfig) -> Stepper:
+    groups = decay_groups(model.named_parameters(), run.weight_decay)
+    return Lion(groups, lr=run.learning_rate, betas=(run.beta1, run.beta2))
+
+
+def _muon(model: nn.Module, run: RunConfig) -> Stepper:
+    """Muon for the matrices of the blocks, AdamW for embeddings, head, norms and biases, as its author advises
+    (https://kellerjordan.github.io/posts/muon/). Muon's steps are scaled to the size of AdamW's, so that one
+    learning rate serves both (arXiv 2502.16982, section 2.2)."""
+    named = list(model.named_parameters())
+    in_blocks = [(name, p) for name, p in named if p.dim() == 2 and ".h." in name]
+    names = {name for name, _ in in_blocks}
+    rest = decay_groups([(name, p) for name, p in named if name not in names], run.weight_decay)
+    muon = torch.optim.Muon(
+        in_blocks,
+        lr=run.learning_rate,
+        weight_decay=run.weight_decay,
+        momentum=run.momentum,
+        adjust_lr_fn="match_rms_adamw",
+    )
+    betas = (run.beta1, run.beta2)
+    return Together((muon, torch.optim.AdamW(rest, lr=run.learning_rate, betas=betas, **_implementation(run))))
+
+
+def _adamw8bit(model: nn.Module, run: RunConfig) -> Stepper:
+    """AdamW whose two states take one byte an element, from torchao or bitsandbytes, whichever is there."""
+    groups = decay_groups(model.named_parameters(), run.weight_decay)
+    betas = (run.beta1, run.beta2)
+    try:
+        from torchao.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        try:
+            from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
+        except ImportError:
+            raise GptfitError(
+                "optimizer=adamw8bit needs the package torchao or bitsandbytes, and neither is installed",
+                "pip install torchao, or optimizer=adafactor, which needs no package and keeps less state than adamw",
+            ) from None
+    return AdamW8bit(groups, lr=run.learning_rate, betas=betas)
+
+
+OPTIMIZERS: dict[str, Callable[[nn.Module, RunConfig], Stepper]] = {
+    "adamw": _adamw,
+    "adamw8bit": _adamw8bit,
+    "adafactor": _adafactor,
+    "lion": _lion,
+    "muon": _muon,
+    "sgd": _sgd,
+}
+
+
+def build_optimizer(model: nn.Module, run: RunConfig) -> Stepper:
+    """The optimizer of `run` over the parameters of `model`.
+
+    Raises GptfitError for an unknown name, and for adamw8bit where no package provides it.
+    """
+    if run.optimizer not in OPTIMIZERS:
+        raise GptfitError(f'unknown optimizer "{run.optimizer}"{nearest(run.optimizer, OPTIMIZERS)}')
+    return OPTIMIZERS[run.optimizer](model, run)
+
+
+def learning_rate_at(step: int, run: RunConfig) -> float:
+    """Learning rate of step `step` (from 0): linear warm-up, then a cosine down to min_lr, as in nanoGPT."""
+    if not run.decay_lr:
+        return run.learning_rate
+    if step < run.warmup_iters:
+        return run.learning_rate * (step + 1) / (run.warmup_iters + 1)
+    if step >= run.lr_decay_iters:
+        return run.min_lr
+    way = (step - run.warmup_iters) / (run.lr_decay_iters - run.warmup_iters)
+    return run.min_lr + 0.5 * (1.0 + math.cos(math.pi * way)) * (run.learning_rate - run.min_lr)
+
+
+def set_learning_rate(optimizer: Stepper, rate: float) -> None:
+    for group in optimizer.param_groups:
+        # torchao keeps its rate in a tensor, which a compiled step reads: it must stay that tensor.
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
