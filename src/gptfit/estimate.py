@@ -3,6 +3,16 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from gptfit.config import RunConfig, derive
+from gptfit.errors import GptfitError
+from gptfit.gpus import GpuProfile
+from gptfit.memory.overhead import CUBLAS_HANDLES, UNKNOWN_CARD_CONTEXT_BYTES, cublas_workspace_bytes
+from gptfit.memory.reserve import replay_run
+from gptfit.memory.step import PROGRAMS, Pieces, pieces, steady_step
+from gptfit.memory.tape import Tape
+from gptfit.speed import Speed, predict
+from gptfit.units import format_bytes
+
 
 @dataclass(frozen=True, slots=True)
 class TensorRow:
@@ -28,17 +38,13 @@ class Budget:
     def usable_bytes(self) -> int:
         return self.total_bytes - self.reserve_bytes
 
-
-@dataclass(frozen=True, slots=True)
-class Speed:
-    """Predicted, with the interval that its measured error gives."""
-
-    tokens_per_second: float
-    seconds_per_step: float
-    mfu: float
-    low: float
-    high: float
-    source: str
+    def to_json(self) -> dict[str, object]:
+        return {
+            "name": self.name,
+            "total_bytes": self.total_bytes,
+            "reserve_bytes": self.reserve_bytes,
+            "usable_bytes": self.usable_bytes,
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,14 +98,7 @@ class Estimate:
             "program": self.program,
             "verdict": self.verdict,
             "margin_bytes": self.margin_bytes,
-            "gpu": None
-            if budget is None
-            else {
-                "name": budget.name,
-                "total_bytes": budget.total_bytes,
-                "reserve_bytes": budget.reserve_bytes,
-                "usable_bytes": budget.usable_bytes,
-            },
+            "gpu": budget.to_json() if budget else None,
             "config": dict(self.config),
             "n_params": self.n_params,
             "flops_per_token": self.flops_per_token,
@@ -140,3 +139,109 @@ def speed_json(speed: Speed) -> dict[str, object]:
         "high": speed.high,
         "source": speed.source,
     }
+
+
+def estimate(
+    run: RunConfig, program: str = "gptfit", profile: GpuProfile | None = None, reserve_bytes: int = 0
+) -> Estimate:
+    """The memory of exactly that run under that program, and whether it fits `profile` beside `reserve_bytes`.
+
+    Raises GptfitError for an unknown program or what it cannot do.
+    """
+    run = under_program(run, program)
+    parts = pieces(run, program)
+    steady = steady_step(run, parts)
+    peak = steady.peak()
+    capability = profile.compute_capability if profile else None
+    workspace_bytes = cublas_workspace_bytes(capability)
+    replayed = replay_run(run, pieces(run, program, kernels=True), workspace_bytes)
+    rows = live_rows(steady, replayed.allocated_bytes, peak.live_bytes, workspace_bytes)
+    context_bytes = profile.context_bytes if profile else UNKNOWN_CARD_CONTEXT_BYTES
+    return Estimate(
+        program=program,
+        config=run.model_dump(),
+        budget=Budget(profile.name, profile.total_bytes, reserve_bytes) if profile else None,
+        n_params=parts.n_params,
+        flops_per_token=parts.flops_per_token,
+        tokens_per_step=run.tokens_per_step,
+        live_bytes=peak.live_bytes,
+        reserved_bytes=replayed.reserved_bytes,
+        process_bytes=replayed.reserved_bytes + context_bytes,
+        phase=peak.phase,
+        op=peak.op,
+        tensors=rows,
+        saved_for_backward_bytes=parts.saved_bytes,
+        phases=tuple((name, n_bytes) for name, n_bytes in steady.phases().items() if name != "setup"),
+        eval_allocated_bytes=evaluation_bytes(run, parts) + CUBLAS_HANDLES * workspace_bytes,
+        speed=predict(run, profile, parts.flops_per_token, program) if profile else None,
+        assumptions=assumptions(run, program, profile, reserve_bytes),
+    )
+
+
+def live_rows(steady: Tape, allocated_bytes: int, live_bytes: int, workspace_bytes: int) -> tuple[TensorRow, ...]:
+    """The live set at the peak, largest first, then workspaces and slack, so that the rows add up to `allocated_bytes`."""
+    rows = [
+        TensorRow(buffer.name, buffer.category, buffer.shape, buffer.dtype, count, buffer.n_bytes * count)
+        for buffer, count in steady.live_at_peak().items()
+    ]
+    workspaces = CUBLAS_HANDLES * workspace_bytes
+    rows.append(TensorRow("cuBLAS workspaces", "workspace", (workspace_bytes,), "uint8", CUBLAS_HANDLES, workspaces))
+    slack = allocated_bytes - live_bytes - workspaces
+    if slack > 0:
+        rows.append(TensorRow("kernel scratch and slack of large blocks", "slack", (slack,), "uint8", 1, slack))
+    return tuple(sorted(rows, key=lambda row: -row.n_bytes))
+
+
+def evaluation_bytes(run: RunConfig, parts: Pieces) -> int:
+    """Peak of an evaluation between two steps: parameters, optimizer state and the batch are alive."""
+    return Tape([*parts.parameter_items, *parts.states, *parts.batch, *parts.kept, *parts.evaluation]).peak().live_bytes
+
+
+NANOGPT_ONLY: dict[str, object] = {
+    "norm": "layernorm",
+    "mlp": "gelu",
+    "position": "learned",
+    "tie_embeddings": True,
+    "qk_norm": False,
+    "logit_softcap": 0.0,
+    "loss": "full",
+    "activation_checkpointing": "none",
+    "attention": "flash",
+    "param_dtype": "float32",
+    "optimizer": "adamw",
+}
+
+
+def under_program(run: RunConfig, program: str) -> RunConfig:
+    """`run` as that program's code can run it: what nanoGPT cannot choose is what it does.
+
+    Raises GptfitError where `program` is unknown, or a key that was set asks for what its code has not.
+    """
+    if program not in PROGRAMS:
+        raise GptfitError(f'unknown program "{program}"', f"programs are {', '.join(PROGRAMS)}")
+    if program != "nanogpt":
+        return run
+    only = {**NANOGPT_ONLY, "n_kv_head": run.n_head, "n_hidden": 4 * run.n_embd}
+    for key, value in only.items():
+        if getattr(run, key) != value and key in run.model_fields_set:
+            message = f"nanoGPT's code has no {key}={getattr(run, key)}, only {key}={value}"
+            raise GptfitError(message, "use --program gptfit for it")
+    return derive(run, **{key: value for key, value in only.items() if getattr(run, key) != value})
+
+
+def assumptions(run: RunConfig, program: str, profile: GpuProfile | None, reserve_bytes: int) -> tuple[str, ...]:
+    """What the figures rest on, in words a reader can object to."""
+    lines = [
+        "the peak is that of a steady step, the second one on: optimizer state exists"
+        + (", all gradients are alive during the last micro-steps" if run.micro_steps > 1 else ""),
+        f"reserved is a replay of the first three steps through the caching allocator, expandable segments "
+        f"{'on' if run.expandable_segments else 'off'}",
+    ]
+    if profile is None:
+        lines.append(
+            f"context and libraries outside the allocator: {format_bytes(UNKNOWN_CARD_CONTEXT_BYTES)}, no card named"
+        )
+    else:
+        lines.append(f"context and libraries outside the allocator: {format_bytes(profile.context_bytes)} on this card")
+        lines.append(f"others on the card hold {format_bytes(reserve_bytes)}")
+    return tuple(lines)

@@ -110,6 +110,7 @@ class Writer:
         self.flops = 0
         self.shift = 0  # position within a loop body of several blocks
         self.start = 0  # the first block of that loop
+        self.kernels = False  # whether scratch that kernels take from the allocator is written too
         self.grad_enabled = True
         self.training = True
 

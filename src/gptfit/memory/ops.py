@@ -201,14 +201,16 @@ def flash_attention(
     w.flops += 4 * b * t * t * n_head * head_size * w.repeat
 
     def backward(grad: Tensor, saved: Saved) -> list[Tensor]:
-        return [
-            Bundle(
-                [
-                    w.empty(f"{name} gradient of {part}", "temporary", (b, t, heads, head_size), dtype)
-                    for part, heads in (("q", n_head), ("k", n_kv_head), ("v", n_kv_head))
-                ]
-            )
+        parts = [
+            w.empty(f"{name} gradient of {part}", "temporary", (b, t, heads, head_size), dtype)
+            for part, heads in (("q", n_head), ("k", n_kv_head), ("v", n_kv_head))
         ]
+        if w.kernels:
+            # flash-attention's backward sums dq in fp32 (flash_api.cpp, mha_bwd: dq_accum, softmax_d).
+            rows, width = -(-t // 128) * 128, -(-head_size // 32) * 32
+            scratch = w.empty(f"{name} dq accumulator", "workspace", (b, n_head, rows, width + 1), "float32")
+            del scratch
+        return [Bundle(parts)]
 
     saved = (*(sources or (qkv.storage,)), out.storage, lse.storage)
     out.node = w.record(name, (qkv.node,), saved, backward)

@@ -3,45 +3,83 @@
 One record an optimizer. Sources: torch/optim/*.py of torch 2.13; each is stepped on a CPU and compared.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from gptfit.memory.autograd import Parameter
 from gptfit.memory.tape import Buffer, Event, Item, Loop, make_buffer
 
-Shape = tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class State:
-    """One state tensor of a parameter: parameter-shaped unless `shape` says otherwise; None where there is none."""
-
-    name: str
-    dtype: str = "float32"
-    shape: Callable[[Shape], Shape | None] = lambda shape: shape
-
 
 @dataclass(frozen=True, slots=True)
 class Optimizer:
-    """`states` for each parameter; `temporaries` gives, for the shapes stepped together and the implementation,
-    the groups of buffers that are alive together, one after another."""
+    """`states` are a parameter's state tensors for one implementation. A step holds `foreach_copies` lists as large
+    as the parameters stepped together, or `loop_copies` buffers as large as one parameter, in the parameters' dtype."""
 
-    states: tuple[State, ...]
-    counter_on_device: frozenset[str] = frozenset()
-    foreach_copies: int = 1
-    loop_copies: int = 2
+    states: Callable[[Parameter, str], list[Buffer]]
+    foreach_copies: int
+    loop_copies: int
 
 
-def matrix_only(shape: Shape) -> Shape | None:
-    return shape if len(shape) >= 2 else None
+def state(param: Parameter, name: str, shape: tuple[int, ...] | None = None, dtype: str = "") -> Buffer:
+    return make_buffer(
+        f"{param.name} {name}", "optimizer state", param.shape if shape is None else shape, dtype or param.dtype
+    )
+
+
+def adamw_states(param: Parameter, impl: str) -> list[Buffer]:
+    """Two moments; the step counter lives on the device in the fused implementation alone (torch/optim/adamw.py)."""
+    counter = [state(param, "step", (), "float32")] if impl == "fused" else []
+    return [*counter, state(param, "exp_avg"), state(param, "exp_avg_sq")]
+
+
+def adamw8bit_states(param: Parameter, impl: str) -> list[Buffer]:
+    """One byte an element and an fp32 scale for each 256, from 4,096 elements on (torchao/optim/adam.py)."""
+    n = math.prod(param.shape)
+    if n < 4096 or n % 256:
+        return [state(param, "exp_avg"), state(param, "exp_avg_sq")]
+    moments = ("exp_avg", "exp_avg_sq")
+    codes = [state(param, f"{moment} codes", None, "uint8") for moment in moments]
+    scales = [state(param, f"{moment} scales", (n // 256,), "float32") for moment in moments]
+    return [*codes, *scales]
+
+
+def adafactor_states(param: Parameter, impl: str) -> list[Buffer]:
+    """A row and a column of a matrix, the whole of a vector (torch/optim/_adafactor.py)."""
+    if len(param.shape) < 2:
+        return [state(param, "variance")]
+    rows, columns = param.shape
+    return [state(param, "row_var", (rows, 1)), state(param, "col_var", (1, columns))]
+
+
+def is_muons(param: Parameter) -> bool:
+    """Muon takes the matrices of the blocks; AdamW the rest (optim.py)."""
+    return len(param.shape) == 2 and "*" in param.name
+
+
+def muon_states(param: Parameter, impl: str) -> list[Buffer]:
+    return [state(param, "momentum_buffer")] if is_muons(param) else adamw_states(param, impl)
 
 
 OPTIMIZERS = {
     # foreach: _foreach_sqrt(exp_avg_sq) is a list as large as the parameters; for-loop: the square root
     # and its quotient of one parameter; fused: nothing.
-    "adamw": Optimizer((State("exp_avg"), State("exp_avg_sq")), frozenset({"fused"})),
-    "sgd": Optimizer((State("momentum_buffer"),), frozenset(), foreach_copies=0, loop_copies=0),
+    "adamw": Optimizer(adamw_states, foreach_copies=1, loop_copies=2),
+    "adamw8bit": Optimizer(adamw8bit_states, foreach_copies=0, loop_copies=4),
+    "adafactor": Optimizer(adafactor_states, foreach_copies=2, loop_copies=3),
+    "lion": Optimizer(lambda param, impl: [state(param, "exp_avg")], foreach_copies=0, loop_copies=1),
+    "muon": Optimizer(muon_states, foreach_copies=1, loop_copies=3),
+    "sgd": Optimizer(lambda param, impl: [state(param, "momentum_buffer")], foreach_copies=0, loop_copies=0),
 }
+
+# Which implementation each runs, whatever is asked for (optim.py).
+ONLY_IMPL = {"adamw8bit": "for-loop", "lion": "for-loop"}
+
+
+def implementation(name: str, impl: str) -> str:
+    if name == "adafactor" and impl == "fused":
+        return "foreach"
+    return ONLY_IMPL.get(name, impl)
 
 
 def per_parameter(
@@ -68,41 +106,35 @@ def gradient_items(params: Iterable[Parameter], n_layer: int, sign: int) -> list
 
 def state_items(params: Iterable[Parameter], n_layer: int, name: str, impl: str) -> list[Item]:
     """The states, as they are created in the first step."""
-    record = OPTIMIZERS[name]
-
-    def make(param: Parameter) -> list[Buffer]:
-        buffers = []
-        if impl in record.counter_on_device:
-            buffers.append(make_buffer(f"{param.name} step", "optimizer state", (), "float32"))
-        for state in record.states:
-            shape = state.shape(param.shape)
-            if shape is not None:
-                buffers.append(make_buffer(f"{param.name} {state.name}", "optimizer state", shape, state.dtype))
-        return buffers
-
-    return per_parameter(params, n_layer, make, 1)
+    states = OPTIMIZERS[name].states
+    return per_parameter(params, n_layer, lambda param: states(param, implementation(name, impl)), 1)
 
 
 def step_items(params: list[Parameter], n_layer: int, name: str, impl: str) -> list[Item]:
-    """The step's temporaries. Parameters are stepped in two groups: matrices, which decay, then the rest."""
+    """The step's temporaries. Parameters are stepped in two groups: matrices, which decay, then the rest.
+    Muon orthogonalises its matrices one by one."""
     record = OPTIMIZERS[name]
+    impl = implementation(name, impl)
     items: list[Item] = []
+    if name == "muon":
+        items += one_by_one([param for param in params if is_muons(param)], n_layer, record.loop_copies)
+        params = [param for param in params if not is_muons(param)]
     for group in ([p for p in params if len(p.shape) >= 2], [p for p in params if len(p.shape) < 2]):
         if impl == "foreach":
-            for copy in range(record.foreach_copies):
-                make = _temporary(f"temporary {copy}")
-                items += per_parameter(group, n_layer, make, 1)
-            for copy in range(record.foreach_copies):
-                items += per_parameter(group, n_layer, _temporary(f"temporary {copy}"), -1)
+            for sign in (1, -1):
+                for copy in range(record.foreach_copies):
+                    items += per_parameter(group, n_layer, _temporary(f"temporary {copy}"), sign)
         elif impl == "for-loop":
-            for param in group:
-                body: list[Item] = [
-                    Event(sign, buffer)
-                    for sign in (1, -1)
-                    for copy in range(record.loop_copies)
-                    for buffer in _temporary(f"temporary {copy}")(param)
-                ]
-                items.append(Loop(n_layer, body)) if "*" in param.name else items.extend(body)
+            items += one_by_one(group, n_layer, record.loop_copies)
+    return items
+
+
+def one_by_one(params: list[Parameter], n_layer: int, copies: int) -> list[Item]:
+    items: list[Item] = []
+    for param in params:
+        buffers = [buffer for copy in range(copies) for buffer in _temporary(f"temporary {copy}")(param)]
+        body: list[Item] = [Event(sign, buffer) for sign in (1, -1) for buffer in buffers]
+        items.append(Loop(n_layer, body)) if "*" in param.name else items.extend(body)
     return items
 
 
@@ -126,4 +158,4 @@ def clip_items(params: list[Parameter], n_layer: int) -> list[Item]:
 
 
 def _temporary(label: str) -> Callable[[Parameter], list[Buffer]]:
-    return lambda param: [make_buffer(f"{param.name} {label}", "temporary", param.shape, "float32")]
+    return lambda param: [make_buffer(f"{param.name} {label}", "temporary", param.shape, param.dtype)]

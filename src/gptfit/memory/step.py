@@ -81,14 +81,19 @@ def batch_buffers(run: RunConfig) -> tuple[Buffer, Buffer]:
     return make_buffer("X", "buffer", shape, "int64"), make_buffer("Y", "buffer", shape, "int64")
 
 
-def pieces(run: RunConfig, program: str) -> Pieces:
-    """Raises GptfitError where the program's code cannot do what the run asks."""
+def pieces(run: RunConfig, program: str, whole: bool = True, kernels: bool = False) -> Pieces:
+    """The pieces of `run` under `program`: for a steady step alone, or for a `whole` run with its first step and
+    evaluation. With `kernels` also the scratch that kernels take from the allocator."""
     w = Writer(run.n_layer)
+    w.kernels = kernels
     twin = PROGRAMS[program](w, run)
     micro: list[list[Item]] = []
     kept: list[Item] = []
     flops = saved = 0
     for has_kept, has_gradient in ((False, False), (True, False), (True, True)):
+        if (has_gradient and run.micro_steps == 1) or not (has_kept or whole):
+            micro.append([])
+            continue
         for param in w.parameters.values():
             param.has_gradient = has_gradient
         w.flops = 0
@@ -109,7 +114,7 @@ def pieces(run: RunConfig, program: str) -> Pieces:
         zero_grad=optimizers.gradient_items(params, n_layer, -1),
         parameter_items=optimizers.parameter_items(params, n_layer),
         kept=kept,
-        evaluation=evaluation(Writer(run.n_layer), program, run),
+        evaluation=evaluation(Writer(run.n_layer), program, run) if whole else [],
         flops_per_token=3 * flops // (run.batch_size * run.block_size),
         saved_bytes=saved,
         n_params=sum(math.prod(p.shape) * p.count for p in params),

@@ -1,0 +1,158 @@
+"""Single changes to a run and what each would do, by estimating again; the folk advice among them."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from gptfit.config import RunConfig, derive
+from gptfit.errors import GptfitError
+from gptfit.estimate import Estimate, estimate
+from gptfit.gpus import GpuProfile
+
+
+@dataclass(frozen=True, slots=True)
+class Lever:
+    """A change of keys, or of whose code runs (`program`). `numerics`: the numbers of training change by more
+    than rounding. `why` says what it does to memory, or that it does nothing."""
+
+    change: Mapping[str, object]
+    why: str
+    numerics: bool = False
+    program: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LeverEffect:
+    """What a change does to the run as given: bytes allocated at the peak, time a step, and whether it then fits."""
+
+    change: Mapping[str, object]
+    delta_bytes: int
+    delta_seconds_pct: float | None
+    fits: bool
+    changes_numerics: bool
+    why: str
+
+    def to_json(self) -> dict[str, object]:
+        return {
+            "change": dict(self.change),
+            "delta_bytes": self.delta_bytes,
+            "delta_seconds_pct": self.delta_seconds_pct,
+            "fits": self.fits,
+            "changes_numerics": self.changes_numerics,
+            "why": self.why,
+        }
+
+
+LEVERS: dict[str, Lever] = {
+    "gptfit": Lever(
+        {"program": "gptfit"},
+        "the gptfit trainer: logits in chunks, never all of them, none returned",
+        program="gptfit",
+    ),
+    "chunked": Lever({"loss": "chunked"}, "the loss in chunks of tokens: no tensor of batch × block × vocabulary"),
+    "compile": Lever({"compile": True}, "fuses the loss and norms: no fp32 copies of the logits, fewer activations"),
+    "no-compile": Lever(
+        {"compile": False}, "eager keeps fp32 copies of the logits and more activations: it costs memory"
+    ),
+    "checkpointing": Lever(
+        {"activation_checkpointing": "block"},
+        "keeps the input of each block alone and computes the block again in backward",
+    ),
+    "float16": Lever({"dtype": "float16"}, "2 bytes an element, as bfloat16: it saves nothing against it"),
+    "bfloat16": Lever({"dtype": "bfloat16"}, "2 bytes an element, as float16; against float32 activations halve"),
+    "fused": Lever({"optimizer_impl": "fused"}, "the optimizer's step needs no list as large as the parameters"),
+    "foreach": Lever({"optimizer_impl": "foreach"}, "its step makes a list as large as the parameters, after the peak"),
+    "expandable": Lever(
+        {"expandable_segments": True},
+        "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True: less reserved but unused; tensors stay the same",
+    ),
+    "adamw8bit": Lever(
+        {"optimizer": "adamw8bit"}, "optimizer state of 2 bytes a parameter instead of 8", numerics=True
+    ),
+    "bf16-params": Lever({"param_dtype": "bfloat16"}, "parameters, gradients and state in 2 bytes", numerics=True),
+}
+
+
+def applicable(lever: Lever, run: RunConfig, program: str) -> bool:
+    """Whether the change is one, and the program's code has it."""
+    if lever.program is not None:
+        return lever.program != program
+    if program == "nanogpt" and not set(lever.change) <= {"compile", "dtype", "optimizer_impl", "expandable_segments"}:
+        return False
+    return any(getattr(run, key) != value for key, value in lever.change.items())
+
+
+def effects(
+    given: Estimate, run: RunConfig, program: str, profile: GpuProfile, reserve_bytes: int
+) -> list[LeverEffect]:
+    """Each lever's effect on `run`, what saves most first; those that do not help come last, with their figure."""
+    found = [effect_of(lever, given, run, program, profile, reserve_bytes) for lever in candidates(run, program)]
+    found += micro_batch_effects(given, run, program, profile, reserve_bytes)
+    found.append(LeverEffect({"empty_cache": True}, 0, None, given.verdict == "fits", False, EMPTY_CACHE))
+    return sorted((effect for effect in found if effect is not None), key=lambda effect: effect.delta_bytes)
+
+
+EMPTY_CACHE = "torch.cuda.empty_cache() returns only what is unused; the allocator does so itself before it gives up"
+
+
+def candidates(run: RunConfig, program: str) -> Iterator[Lever]:
+    for lever in LEVERS.values():
+        if applicable(lever, run, program):
+            yield lever
+    yield Lever(
+        {"gradient_accumulation_steps": 2 * run.gradient_accumulation_steps},
+        "more accumulation of the same micro-batch: the peak is that of one micro-batch"
+        + ("" if run.micro_steps > 1 else ", and one set of gradients is alive through it"),
+        numerics=True,
+    )
+
+
+def effect_of(
+    lever: Lever, given: Estimate, run: RunConfig, program: str, profile: GpuProfile, reserve_bytes: int
+) -> LeverEffect | None:
+    """None where the changed run cannot be estimated."""
+    changes = {key: value for key, value in lever.change.items() if key != "program"}
+    if lever.program == "gptfit":
+        changes = {"loss": "chunked"}
+    try:
+        after = estimate(derive(run, **changes), lever.program or program, profile, reserve_bytes)
+    except GptfitError:
+        return None
+    return compare(lever.change, given, after, lever.numerics, lever.why)
+
+
+def compare(change: Mapping[str, object], given: Estimate, after: Estimate, numerics: bool, why: str) -> LeverEffect:
+    pct = None
+    if given.speed is not None and after.speed is not None:
+        before = given.speed.seconds_per_step / given.tokens_per_step
+        pct = round(100 * (after.speed.seconds_per_step / after.tokens_per_step / before - 1), 1)
+    delta = after.allocated_bytes - given.allocated_bytes
+    return LeverEffect(change, delta, pct, after.verdict == "fits", numerics, why)
+
+
+def micro_batch_effects(
+    given: Estimate, run: RunConfig, program: str, profile: GpuProfile, reserve_bytes: int
+) -> list[LeverEffect]:
+    """The largest micro-batch that fits as the code stands, with accumulation to match."""
+    if given.verdict != "does_not_fit" or run.batch_size == 1:
+        return []
+    low, high, best = 0, run.batch_size - 1, None
+    while low < high or (low == high and low > 0 and best is None):
+        middle = (low + high + 1) // 2
+        after = estimate(with_micro_batch(run, middle), program, profile, reserve_bytes)
+        if after.verdict == "fits":
+            low, best = middle, after
+        else:
+            high = middle - 1
+    if best is None:
+        return []
+    smaller = with_micro_batch(run, low)
+    change = {"batch_size": low, "gradient_accumulation_steps": smaller.gradient_accumulation_steps}
+    why = "the largest micro-batch that fits; it need not be a power of two, and the tokens of a step stay the same"
+    return [compare(change, given, best, False, why)]
+
+
+def with_micro_batch(run: RunConfig, batch_size: int) -> RunConfig:
+    """`run` with another micro-batch and the accumulation that keeps its tokens a step, as nearly as can be."""
+    per_step = run.batch_size * run.gradient_accumulation_steps
+    steps = max(1, round(per_step / (batch_size * run.n_gpus))) * run.n_gpus
+    return derive(run, batch_size=batch_size, gradient_accumulation_steps=steps)

@@ -1,0 +1,243 @@
+"""The best run that fits: levers, search over every micro-batch, ranking by predicted time.
+
+The search reads tapes in closed form; the finalists are replayed through the allocator. Keys that the
+user set are kept, unless nothing fits; the tokens of a step are kept in any case.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+from gptfit.config import RunConfig, derive
+from gptfit.door import ConfigSource
+from gptfit.errors import GptfitError, nearest
+from gptfit.estimate import Budget, Estimate, Speed, estimate, speed_json, under_program
+from gptfit.gpus import GpuProfile
+from gptfit.levers import LEVERS, LeverEffect, effects
+from gptfit.memory.overhead import CUBLAS_HANDLES, cublas_workspace_bytes
+from gptfit.memory.step import pieces, steady_step
+from gptfit.speed import predict
+
+# What the search may choose freely: the numbers of training stay the same to rounding.
+FREE: dict[str, tuple[object, ...]] = {
+    "loss": ("full", "chunked"),
+    "compile": (True, False),
+    "activation_checkpointing": ("none", "block"),
+    "optimizer_impl": ("fused",),
+}
+# Tried when nothing fits, or with --allow: these change the numbers.
+LAST_RESORT: dict[str, tuple[object, ...]] = {
+    "optimizer": ("adamw8bit",),
+    "param_dtype": ("bfloat16",),
+}
+FINALISTS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One choice of keys, how fast it is predicted to be, and what it reserves (None: not replayed)."""
+
+    choice: Mapping[str, object]
+    run: RunConfig
+    speed: Speed
+    reserved_bytes: int
+    fits: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The answer: the run as given, the best one that fits, and what each single change would do."""
+
+    budget: Budget
+    tokens_per_step: int
+    as_given: Estimate | None
+    smallest_change: LeverEffect | None
+    choice: Mapping[str, object] | None
+    run: RunConfig | None
+    estimate: Estimate | None
+    candidates: tuple[Candidate, ...]
+    n_searched: int
+    levers: tuple[LeverEffect, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def verdict(self) -> str:
+        return "fits" if self.estimate is not None else "does_not_fit"
+
+    @property
+    def speed(self) -> Speed | None:
+        return self.estimate.speed if self.estimate else None
+
+    def to_json(self) -> dict[str, object]:
+        budget, speed = self.budget, self.speed
+        return {
+            "schema": "gptfit.plan/1",
+            "verdict": self.verdict,
+            "gpu": budget.to_json(),
+            "tokens_per_step": self.tokens_per_step,
+            "as_given": self.as_given.to_json() if self.as_given else None,
+            "smallest_change": self.smallest_change.to_json() if self.smallest_change else None,
+            "choice": dict(self.choice) if self.choice is not None else None,
+            "estimate": self.estimate.to_json() if self.estimate else None,
+            "speed": speed_json(speed) if speed else None,
+            "candidates": [
+                {
+                    "choice": dict(candidate.choice),
+                    "reserved_bytes": candidate.reserved_bytes,
+                    "tokens_per_second": candidate.speed.tokens_per_second,
+                    "fits": candidate.fits,
+                }
+                for candidate in self.candidates
+            ],
+            "n_searched": self.n_searched,
+            "levers": [effect.to_json() for effect in self.levers],
+            "notes": list(self.notes),
+        }
+
+
+def plan(
+    source: ConfigSource,
+    profile: GpuProfile,
+    reserve_bytes: int = 0,
+    tokens_per_step: int | None = None,
+    allow: Sequence[str] = (),
+    keep: Sequence[str] = (),
+) -> Plan:
+    """The fastest run of the gptfit trainer that fits, for the same tokens a step.
+
+    Raises GptfitError for an unknown lever in `allow`, or fewer tokens a step than one sequence has.
+    """
+    for name in allow:
+        if name not in LAST_RESORT and name not in LEVERS:
+            raise GptfitError(
+                f'unknown lever "{name}"{nearest(name, LAST_RESORT)}', f"levers: {', '.join(LAST_RESORT)}"
+            )
+    tokens = tokens_per_step or source.run.tokens_per_step
+    if tokens < source.run.block_size:
+        raise GptfitError(
+            f"tokens per step {tokens} is less than one sequence of block_size {source.run.block_size}",
+            "take a multiple of block_size",
+        )
+    budget = Budget(profile.name, profile.total_bytes, reserve_bytes)
+    given = under_program(source.run, source.program)
+    as_given = estimate(given, source.program, profile, reserve_bytes)
+    kept = (source.user_keys | set(keep)) - {"batch_size", "gradient_accumulation_steps"}
+    search = Search(under_program(source.run, "gptfit"), profile, budget, tokens)
+    notes: list[str] = []
+    found = search.run(options(source.run, kept, allow))
+    if not found:
+        found = search.run(options(source.run, frozenset(keep), tuple(LAST_RESORT)))
+        if found:
+            notes.append("nothing fits with the keys as given; some of them are changed, and marked")
+    best = found[0] if found else None
+    chosen = estimate(best.run, "gptfit", profile, reserve_bytes) if best else None
+    if best is not None and best.run.tokens_per_step != tokens:
+        notes.append(f"tokens per step: {best.run.tokens_per_step:,} instead of {tokens:,}, the nearest to it")
+    levers = tuple(effects(as_given, given, source.program, profile, reserve_bytes))
+    return Plan(
+        budget=budget,
+        tokens_per_step=tokens,
+        as_given=as_given,
+        smallest_change=smallest_change(as_given, levers),
+        choice=best.choice if best else None,
+        run=best.run if best else None,
+        estimate=chosen,
+        candidates=tuple(found[:20]),
+        n_searched=search.n_searched,
+        levers=levers,
+        notes=tuple(notes),
+    )
+
+
+def smallest_change(as_given: Estimate, levers: Iterable[LeverEffect]) -> LeverEffect | None:
+    """Of the single changes that make the run fit, the one that saves least: it gives up least."""
+    if as_given.verdict != "does_not_fit":
+        return None
+    enough = [effect for effect in levers if effect.fits and not effect.changes_numerics]
+    return min(enough, key=lambda effect: -effect.delta_bytes) if enough else None
+
+
+def options(run: RunConfig, kept: Iterable[str], allow: Sequence[str]) -> list[dict[str, object]]:
+    """Every combination of what may be chosen; a kept key has its one value."""
+    kept = set(kept)
+    free = {key: values for key, values in FREE.items() if key not in kept}
+    for key in LAST_RESORT:
+        if (key in allow or any(name in LAST_RESORT[key] for name in allow)) and key not in kept:
+            free[key] = (getattr(run, key), *(value for value in LAST_RESORT[key] if value != getattr(run, key)))
+    return [dict(zip(free, values, strict=True)) for values in product(*free.values())]
+
+
+class Search:
+    """Every integer micro-batch of every combination. What fits is found by bisection, as memory grows with it."""
+
+    def __init__(self, run: RunConfig, profile: GpuProfile, budget: Budget, tokens: int) -> None:
+        self.base = run
+        self.profile = profile
+        self.tokens = tokens
+        self.overhead_bytes = profile.context_bytes + CUBLAS_HANDLES * cublas_workspace_bytes(
+            profile.compute_capability
+        )
+        self.usable_bytes = budget.usable_bytes
+        self.reserve_bytes = budget.reserve_bytes
+        self.n_searched = 0
+
+    def run(self, combinations: list[dict[str, object]]) -> list[Candidate]:
+        """Candidates that fit, best first; the finalists have been replayed."""
+        ranked: list[tuple[float, Speed, dict[str, object], RunConfig]] = []
+        for combination in combinations:
+            for micro_batch, run, flops_per_token in self.fitting(combination):
+                speed = predict(run, self.profile, flops_per_token, "gptfit")
+                choice = {**combination, **split(run, micro_batch)}
+                ranked.append((-speed.tokens_per_second, speed, choice, run))
+        ranked.sort(
+            key=lambda entry: (round(entry[0] / 100), entry[3].tokens_per_step != self.tokens, -entry[3].batch_size)
+        )
+        return self.replayed(ranked)
+
+    def fitting(self, combination: dict[str, object]) -> Iterator[tuple[int, RunConfig, int]]:
+        """Each micro-batch of this combination whose live peak fits."""
+        largest = max(1, self.tokens // self.base.block_size // self.base.n_gpus)
+        self.n_searched += largest
+        low, high, flops_per_token = 0, largest, 0
+        step = 1
+        while low < high:  # doubling first, as the answer is usually far below the largest
+            middle = min(high, low + step)
+            run = self.derived(combination, middle)
+            parts = pieces(run, "gptfit", whole=False)
+            flops_per_token = parts.flops_per_token
+            if steady_step(run, parts).peak().live_bytes + self.overhead_bytes <= self.usable_bytes:
+                low, step = middle, step * 2
+            else:
+                high, step = middle - 1, max(1, (middle - 1 - low) // 2)
+        for micro_batch in range(1, low + 1):
+            yield micro_batch, self.derived(combination, micro_batch), flops_per_token
+
+    def derived(self, combination: dict[str, object], micro_batch: int) -> RunConfig:
+        steps = max(1, round(self.tokens / (micro_batch * self.base.block_size * self.base.n_gpus))) * self.base.n_gpus
+        return derive(self.base, **combination, batch_size=micro_batch, gradient_accumulation_steps=steps)
+
+    def replayed(self, ranked: list[tuple[float, Speed, dict[str, object], RunConfig]]) -> list[Candidate]:
+        """The first few of the ranking that fit when replayed.
+
+        A candidate that does not, moves the limit of its combination down by what is missing.
+        """
+        found: list[Candidate] = []
+        limits: dict[tuple[object, ...], int] = {}
+        for _, speed, choice, run in ranked:
+            kind = tuple(choice[key] for key in choice if key not in ("batch_size", "gradient_accumulation_steps"))
+            if len(found) >= FINALISTS:
+                break
+            if run.batch_size > limits.get(kind, run.batch_size):
+                continue
+            full = estimate(run, "gptfit", self.profile, self.reserve_bytes)
+            margin = full.margin_bytes or 0
+            if margin >= 0:
+                found.append(Candidate(choice, run, speed, full.reserved_bytes, True))
+            else:
+                per_sequence = max(1, full.saved_for_backward_bytes // run.batch_size)
+                limits[kind] = run.batch_size - max(1, -margin // per_sequence)
+        return found
+
+
+def split(run: RunConfig, micro_batch: int) -> dict[str, object]:
+    return {"batch_size": micro_batch, "gradient_accumulation_steps": run.gradient_accumulation_steps}
