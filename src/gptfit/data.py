@@ -1,0 +1,186 @@
+"""Token files and the batches that come out of them.
+
+A data set is a folder with train.bin and val.bin, ids one after another as uint16 (uint32 from a
+vocabulary of 65,536 on), as nanoGPT writes and reads them; ours say in meta.json which tokenizer made them.
+
+Shapes: B sequences, T block_size.
+"""
+
+import hashlib
+import io
+import json
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gptfit.config import RunConfig
+from gptfit.errors import GptfitError
+from gptfit.prepare import META, prepare
+from gptfit.stdlib import default_folder
+
+__all__ = ["TRAIN", "VAL", "Dataset", "load_batch", "open_dataset", "prepare", "sequence_starts"]
+
+# Streams of the counter-based generator: the sequences of training steps, and those of evaluation.
+TRAIN = 0
+VAL = 1
+
+# What nanoGPT's folders hold where no meta says otherwise.
+GPT2_VOCAB = 50257
+
+MAX_PICKLE_BYTES = 16 * 1024 * 1024
+
+PREPARE_HINT = "make one with: gptfit data prepare FILE-OR-FOLDER … --out DIR"
+
+
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    """Memory-mapped ids, and what is known of them. `fingerprint` tells other data from the same."""
+
+    name: str
+    train: np.ndarray
+    val: np.ndarray
+    vocab_size: int
+    tokenizer: str
+    fingerprint: str
+
+    def tokens(self, stream: int) -> np.ndarray:
+        return self.train if stream == TRAIN else self.val
+
+
+def open_dataset(run: RunConfig) -> Dataset:
+    """The data of `run`: `dataset` is a folder (or, as in nanoGPT, the name of one in data/); without one it
+    is the Python standard library's sources, prepared once into a cache.
+
+    Raises GptfitError where there is no such data set, where it is shorter than one sequence, or where it has
+    more ids than the model.
+    """
+    folder = default_folder(run.tokenizer) if not run.dataset else _find(run.dataset)
+    meta = _read_meta(folder)
+    if run.tokenizer and meta.get("tokenizer", run.tokenizer) != run.tokenizer:
+        raise GptfitError(
+            f'"{folder}" was made by the tokenizer {_short(meta["tokenizer"])}, not {_short(run.tokenizer)}',
+            "leave tokenizer out, or prepare the data again with the other one",
+        )
+    dtype = np.dtype(meta.get("dtype", "uint16")).newbyteorder("<")
+    train, val = (_map(folder / f"{part}.bin", dtype, run.block_size) for part in ("train", "val"))
+    vocab_size = int(meta.get("vocab_size", GPT2_VOCAB))
+    if vocab_size > run.vocab_size:
+        raise GptfitError(
+            f"vocab_size={run.vocab_size} is less than the {vocab_size} ids of the data in {folder}",
+            f"vocab_size={-(-vocab_size // 64) * 64} (a multiple of 64 is fastest)",
+        )
+    tokenizer = run.tokenizer or meta.get("tokenizer", "gpt2")
+    return Dataset(run.dataset or "python", train, val, vocab_size, tokenizer, _fingerprint(train, val))
+
+
+def sequence_starts(n_tokens: int, block_size: int, n: int, seed: int, step: int, stream: int = TRAIN) -> np.ndarray:
+    """Where the `n` sequences of step `step` begin, int64: a function of the arguments alone.
+
+    So the order of the data survives a resume and any other split into micro-batches. Counter-based
+    (Philox keyed by seed, stream and step), and taken modulo the number of starts, whose bias is below 2^-30.
+    """
+    key = np.array([seed % 2**64, stream * 2**60 + step], dtype=np.uint64)
+    raw = np.random.Philox(key=key).random_raw(n)
+    return (raw % np.uint64(n_tokens - block_size)).astype(np.int64)
+
+
+def load_batch(tokens: np.ndarray, starts: np.ndarray, run: RunConfig, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Inputs and targets [B, T] int64 on `device`; the targets are the inputs one token on.
+
+    Raises GptfitError for an id that the model has no row for: on a GPU that would end in an assert.
+    """
+    ids = np.lib.stride_tricks.sliding_window_view(tokens, run.block_size + 1)[starts].astype(np.int64)
+    if ids.max() >= run.vocab_size:
+        raise GptfitError(
+            f"the data hold the id {ids.max()}, but vocab_size is {run.vocab_size}",
+            "set vocab_size above the largest id, or give the folder that belongs to this model",
+        )
+    pair = torch.from_numpy(ids[:, :-1].copy()), torch.from_numpy(ids[:, 1:].copy())
+    if device.type == "cuda":
+        pair = tuple(part.pin_memory() for part in pair)
+    inputs, targets = (part.to(device, non_blocking=True) for part in pair)
+    return inputs, targets
+
+
+def _find(dataset: str) -> Path:
+    for folder in (Path(dataset).expanduser(), Path("data") / dataset):
+        if (folder / "train.bin").is_file():
+            return folder
+    path = Path(dataset).expanduser()
+    if path.exists():
+        raise GptfitError(f'"{dataset}" holds no train.bin', PREPARE_HINT)
+    raise GptfitError(f'there is no data set "{dataset}"', PREPARE_HINT)
+
+
+def _map(path: Path, dtype: np.dtype, block_size: int) -> np.ndarray:
+    if not path.is_file():
+        raise GptfitError(f'there is no "{path}"', PREPARE_HINT)
+    n = path.stat().st_size // dtype.itemsize
+    if n <= block_size:
+        raise GptfitError(
+            f'"{path}" holds {n} tokens, and one sequence needs block_size + 1 = {block_size + 1}',
+            f"more text, or block_size={max(1, n - 1)}",
+        )
+    return np.memmap(path, dtype=dtype, mode="r", shape=(n,))
+
+
+def _fingerprint(train: np.ndarray, val: np.ndarray) -> str:
+    """sha256 over lengths and both ends: enough to tell data sets apart without reading all of a large one."""
+    digest = hashlib.sha256()
+    for tokens in (train, val):
+        digest.update(f"{len(tokens)} {tokens.dtype.str} ".encode())
+        digest.update(tokens[: 1 << 19].tobytes())
+        digest.update(tokens[-(1 << 19) :].tobytes())
+    return digest.hexdigest()
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 40 else name[:40] + "…"
+
+
+def _read_meta(folder: Path) -> dict[str, Any]:
+    """What meta.json says, else nanoGPT's meta.pkl, else nothing."""
+    if (folder / META).is_file():
+        try:
+            meta = json.loads((folder / META).read_text())
+            if meta["dtype"] not in ("uint16", "uint32"):
+                raise ValueError(f"unknown dtype {meta['dtype']}")
+            return {"dtype": meta["dtype"], "vocab_size": int(meta["vocab_size"]), "tokenizer": str(meta["tokenizer"])}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise GptfitError(f'cannot read "{folder / META}": {error}', PREPARE_HINT) from None
+    if (folder / "meta.pkl").is_file():
+        return _read_nanogpt_meta(folder / "meta.pkl")
+    return {}
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Numbers, text and containers; whatever would name a class or a function is refused before it is looked up."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise pickle.UnpicklingError(f"it names {module}.{name}")
+
+
+def _read_nanogpt_meta(path: Path) -> dict[str, Any]:
+    """vocab_size and the alphabet, where `itos` is one, of nanoGPT's meta.pkl. Nothing in it is run."""
+    try:
+        data = path.read_bytes()
+        if len(data) > MAX_PICKLE_BYTES:
+            raise pickle.UnpicklingError(f"it is larger than {MAX_PICKLE_BYTES} bytes")
+        meta = _PlainUnpickler(io.BytesIO(data)).load()
+        found: dict[str, Any] = {"vocab_size": int(meta["vocab_size"])}
+        itos = meta.get("itos")
+        if isinstance(itos, dict) and sorted(itos) == list(range(found["vocab_size"])):
+            letters = [itos[i] for i in range(len(itos))]
+            if all(isinstance(letter, str) and len(letter) == 1 for letter in letters):
+                found["tokenizer"] = "char:" + "".join(letters)
+    except Exception as error:  # a damaged pickle raises almost anything
+        raise GptfitError(
+            f'"{path}" is not a plain meta.pkl: {error}',
+            "expected a dictionary with vocab_size; delete the file to read the folder as GPT-2 tokens",
+        ) from None
+    return found

@@ -1,0 +1,60 @@
+"""Files that are there whole or not at all: written beside, then renamed into place."""
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from gptfit.errors import GptfitError
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write, which takes the place of `path` when the block is left without an error.
+
+    On an error what was written is removed, and what was at `path` before is untouched. Raises GptfitError
+    where the file system is full or cannot be written to.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+        sync_folder(path.parent)
+    except BaseException as error:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        cause = os_error(error)
+        if cause is None:
+            raise
+        if cause.errno in FULL:
+            raise GptfitError(
+                f'no space left to write "{path}"; nothing that was there before is lost',
+                "free some space there, or write to another folder",
+            ) from error
+        reason = (cause.strerror or str(cause)).lower()
+        raise GptfitError(f'cannot write "{path}": {reason}', "write to another folder") from error
+
+
+def os_error(error: BaseException) -> OSError | None:
+    """The OSError that `error` is or was caused by: torch.save hides it in a RuntimeError of its own."""
+    seen: BaseException | None = error
+    while seen is not None and not isinstance(seen, OSError):
+        seen = seen.__cause__ or seen.__context__
+    return seen
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes a rename in `folder` durable, where the system lets a folder be opened (not on Windows)."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
