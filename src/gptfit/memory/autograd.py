@@ -17,18 +17,22 @@ Shape = tuple[int, ...]
 
 
 class Storage:
-    """Memory on the tape. Dropping the last reference writes the free."""
+    """Memory on the tape. Dropping the last reference writes the free: in a loop that of this round, after
+    the loop in which it was made those of all rounds."""
 
-    __slots__ = ("buffer", "shift", "writer")
+    __slots__ = ("buffer", "rounds", "shift", "writer")
 
     def __init__(self, writer: "Writer", buffer: Buffer, shift: int = 0) -> None:
         self.writer: Writer | None = writer
         self.buffer = buffer
         self.shift = shift
+        self.rounds = writer.rounds
 
     def __del__(self) -> None:
         if self.writer is not None:
-            self.writer.items.append(Event(-1, self.buffer, self.shift))
+            free = Event(-1, self.buffer, self.shift)
+            outlived = self.rounds is not None and self.writer.rounds is None
+            self.writer.items.append(self.rounds._replace(body=[free]) if outlived and self.rounds else free)
 
     def forget(self) -> None:
         """Lets go without a free: another round, or the next step, frees it."""
@@ -109,7 +113,7 @@ class Writer:
         self.repeat = 1  # how often what is written now happens: rounds of the enclosing loops
         self.flops = 0
         self.shift = 0  # position within a loop body of several blocks
-        self.start = 0  # the first block of that loop
+        self.rounds: Loop | None = None  # the loop over blocks that is being written, its body left out
         self.kernels = False  # whether scratch that kernels take from the allocator is written too
         self.grad_enabled = True
         self.training = True
@@ -158,11 +162,12 @@ class Writer:
         """What is written inside is the body of a loop of `n` rounds."""
         outer, self.items = self.items, []
         self.repeat *= n
-        self.start = start
+        self.rounds = Loop(n, [], reverse, True, start, stride)
         yield
         self.repeat //= n
         body, self.items = self.items, outer
-        self.items.append(Loop(n, body, reverse, True, start, stride))
+        self.items.append(self.rounds._replace(body=body))
+        self.rounds = None
 
     def backward(self, nodes: list[Node], grads: dict[Node, Tensor]) -> None:
         """Runs `nodes` from the last to the first, as torch's engine does: a node's saved tensors go

@@ -17,7 +17,8 @@ def use(w: Writer, param: Parameter) -> Tensor:
         param.storage.forget()
     node = None
     if w.grad_enabled:
-        node = param.accumulate.setdefault(w.start + w.shift, Node("AccumulateGrad", (), (), None, param))
+        block = w.shift + (w.rounds.start if w.rounds else 0)
+        node = param.accumulate.setdefault(block, Node("AccumulateGrad", (), (), None, param))
     return Tensor(param.storage, param.shape, param.dtype, node)
 
 
