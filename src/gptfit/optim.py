@@ -71,7 +71,19 @@ class Together:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         for part, state in zip(self.parts, state_dict["parts"], strict=True):
-            part.load_state_dict(state)
+            load_state(part, state)
+
+
+def load_state(optimizer: "Stepper", state_dict: dict[str, Any]) -> None:
+    """The states of `state_dict` under the settings that `optimizer` was built with.
+
+    torch's load_state_dict alone takes over the settings too: a changed weight_decay would be undone silently.
+    """
+    if "param_groups" in state_dict:
+        groups = zip(state_dict["param_groups"], optimizer.param_groups, strict=True)
+        kept = [{**saved, **own, "params": saved["params"]} for saved, own in groups]
+        state_dict = {**state_dict, "param_groups": kept}
+    optimizer.load_state_dict(state_dict)
 
 
 def decay_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> Groups:

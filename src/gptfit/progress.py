@@ -1,0 +1,113 @@
+"""What a run shows while it goes: one live line on a terminal, plain lines elsewhere. All of it to stderr."""
+
+import math
+import sys
+from typing import TextIO
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from gptfit.events import Event, Finished, Measured, Note, Saved, Started, Stepped
+from gptfit.units import format_bytes
+
+# Weight of the newest step in the average that the remaining time is reckoned with.
+SMOOTHING = 0.1
+
+
+class Progress:
+    """A listener for train(). Use it as a context manager: leaving it puts the terminal right."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self.console = Console(file=stream or sys.stderr, highlight=False, soft_wrap=True)
+        self.live = Live(console=self.console, refresh_per_second=4, transient=True)
+        self.max_iters = self.log_interval = 1
+        self.seconds: float | None = None
+        self.steps = 0
+
+    def __enter__(self) -> "Progress":
+        if self.console.is_terminal:
+            self.live.start()
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.live.stop()
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, Stepped):
+            self._stepped(event)
+            return
+        if isinstance(event, Started):
+            self.max_iters, self.log_interval = event.run.max_iters, event.run.log_interval
+        for line in lines(event):
+            self.console.print(Text(line))
+        if isinstance(event, Finished):
+            self.live.stop()
+
+    def _stepped(self, record: Stepped) -> None:
+        self.steps += 1
+        # The first step of a process compiles, allocates and warms up: it says nothing of the others.
+        if self.steps <= 2 or self.seconds is None:
+            self.seconds = record.seconds
+        else:
+            self.seconds += SMOOTHING * (record.seconds - self.seconds)
+        line = step_line(record, self.max_iters, self.seconds * (self.max_iters - record.step))
+        if self.live.is_started:
+            self.live.update(Text(line))
+            if record.val_loss is not None:
+                self.console.print(Text(line))
+        elif record.step % self.log_interval == 0 or record.val_loss is not None or record.step == self.max_iters:
+            self.console.print(Text(line))
+
+
+def step_line(record: Stepped, max_iters: int, remaining_seconds: float) -> str:
+    parts = [f"step {record.step}/{max_iters}", f"loss {record.loss:.4f}"]
+    if record.val_loss is not None:
+        parts.append(f"val loss {record.val_loss:.4f}")
+    parts += [f"lr {record.lr:.2e}", f"{record.tokens_per_second:,.0f} tokens/s", f"eta {clock(remaining_seconds)}"]
+    if record.peak_allocated_bytes is not None:
+        parts.append(f"peak {format_bytes(record.peak_allocated_bytes)}")
+    return "  ".join(parts)
+
+
+def lines(event: Event) -> list[str]:
+    """What an event other than a step is in words."""
+    if isinstance(event, Started):
+        run = event.run
+        first = f"from step {event.step}, " if event.step else ""
+        return [
+            f"{event.n_params:,} parameters on {event.device}, {run.dtype}, {run.tokens_per_step:,} tokens a step",
+            f"{event.n_train_tokens:,} tokens of {event.data}, {first}{run.max_iters:,} steps, out: {event.out_dir}",
+        ]
+    if isinstance(event, Note):
+        return [event.text]
+    if isinstance(event, Measured):
+        return measured_lines(event)
+    if isinstance(event, Saved):
+        return [f"saved {event.path}"]
+    if isinstance(event, Finished):
+        how = f"stopped by {event.stopped_by}" if event.stopped_by else "done"
+        loss = f", loss {event.loss:.4f}" if math.isfinite(event.loss) else ""
+        return [f"{how} at step {event.step} after {clock(event.seconds)}{loss}"]
+    return []
+
+
+def measured_lines(event: Measured) -> list[str]:
+    """Measured beside predicted, a row a figure, the difference in per cent of the measured."""
+    rows = []
+    for name, measured_bytes in (("allocated", event.allocated_bytes), ("reserved", event.reserved_bytes)):
+        predicted_bytes = event.predicted.get(f"{name}_bytes")
+        beside = ""
+        if predicted_bytes is not None and measured_bytes:
+            off = 100 * (predicted_bytes - measured_bytes) / measured_bytes
+            beside = f", predicted {format_bytes(predicted_bytes)} ({off:+.2f} %)"
+        rows.append(f"second step: peak {name} {format_bytes(measured_bytes)}{beside}")
+    rows.append(f"second step: the card holds {format_bytes(event.card_used_bytes)}, all processes together")
+    return rows
+
+
+def clock(seconds: float) -> str:
+    """1:02:03, or 2:03 below an hour."""
+    whole = max(0, round(seconds))
+    hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,0 +1,313 @@
+"""Training: `train` reads from top to bottom, and all that follows is what it calls.
+
+A step has n = batch_size · gradient_accumulation_steps sequences, which follow from the seed and the step.
+They are split into micro-batches, each weighted by its share of n: any split makes the same step, so one
+that turns out too large for the GPU is made smaller and the step done again.
+
+Shapes: B sequences of a micro-batch, T block_size.
+"""
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+import yaml
+
+from gptfit import metrics
+from gptfit.checkpoint import Checkpoint, Found, latest_valid, restore_rng, rng_state, save
+from gptfit.config import ModelConfig, RunConfig
+from gptfit.data import TRAIN, VAL, Dataset, load_batch, open_dataset, sequence_starts
+from gptfit.device import adapt, held_memory, pick_device, release_cached, reset_peaks, set_expandable_segments, start
+from gptfit.errors import GptfitError
+from gptfit.events import Event, Finished, Listener, Measured, Note, Saved, Started, Stepped
+from gptfit.model import GPT, compile_model
+from gptfit.optim import Stepper, build_optimizer, learning_rate_at, load_state, set_learning_rate
+from gptfit.replacing import replacing
+from gptfit.signals import stop_on_signal
+
+RUN_FILE = "run.yaml"
+
+# What a checkpoint's weights and states have the shape of.
+SHAPING_KEYS = (*(key for key in ModelConfig.model_fields if key != "dropout"), "param_dtype", "optimizer")
+
+T = TypeVar("T")
+
+
+def train(
+    run: RunConfig,
+    out_dir: Path | str,
+    resume: bool = False,
+    predicted: Mapping[str, int] | None = None,
+    on_event: Listener | None = None,
+    device_name: str = "",
+) -> Finished:
+    """Trains `run` to its end, or until SIGINT or SIGTERM. Leaves run.yaml, metrics.jsonl and checkpoints in `out_dir`.
+
+    `predicted` are an estimate's figures in bytes (allocated_bytes, reserved_bytes, process_bytes), reported
+    beside what the second step measured on a GPU. Raises GptfitError for a folder that already holds a run
+    (unless `resume`), for one without a checkpoint (if `resume`), for data that do not suit the run, for a
+    loss that is no number, for a full disk, and where not even one sequence fits in memory.
+    """
+    set_expandable_segments(run.expandable_segments)
+    emit = on_event or (lambda event: None)
+    out = Path(out_dir)
+    session, notes = _set_up(run, out, resume, device_name, emit)
+    run = session.run
+    for note in notes:
+        emit(Note(note))
+    emit(session.started(out))
+
+    began, first = time.perf_counter(), session.step
+    record: Stepped | None = None
+    saved: Saved | None = None
+    with stop_on_signal() as asked:
+        while session.step < run.max_iters and not asked.signal:
+            record = _step(session)
+            if session.step == first + 2 and (held := held_memory(session.device)) is not None:
+                emit(Measured(held.allocated_bytes, held.reserved_bytes, held.card_used_bytes, predicted or {}))
+            last = session.step == run.max_iters
+            if run.eval_interval and (last or session.step % run.eval_interval == 0):
+                record = replace(record, val_loss=_evaluate(session))
+            metrics.append(out, record)
+            emit(record)
+            due = run.checkpoint_interval and session.step % run.checkpoint_interval == 0
+            if due or last or asked.signal:
+                saved = Saved(session.step, save(out, session.checkpoint()))
+                emit(saved)
+        stopped_by = asked.signal if session.step < run.max_iters else ""
+    loss, val_loss = (record.loss, record.val_loss) if record else (math.nan, None)
+    path = saved.path if saved else None
+    finished = Finished(session.step, loss, val_loss, time.perf_counter() - began, stopped_by, path)
+    emit(finished)
+    return finished
+
+
+@dataclass(slots=True)
+class Session:
+    """What changes while a run goes: the model, its optimizer, completed steps, the micro-batch that fits."""
+
+    run: RunConfig
+    device: torch.device
+    data: Dataset
+    model: GPT
+    optimizer: Stepper
+    scaler: torch.amp.GradScaler
+    emit: Callable[[Event], None]
+    step: int = 0
+    micro_batch: int = 0
+    eval_batch: int = 0
+
+    def started(self, out: Path) -> Started:
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else str(self.device)
+        n_params = sum(parameter.numel() for parameter in self.model.parameters())
+        data = self.data
+        return Started(self.run, name, n_params, data.name, len(data.train), data.tokenizer, self.step, out)
+
+    def checkpoint(self) -> Checkpoint:
+        return Checkpoint(
+            step=self.step,
+            run=self.run,
+            model=self.model.state_dict(),
+            optimizer=self.optimizer.state_dict(),
+            scaler=self.scaler.state_dict(),
+            rng=rng_state(),
+            tokenizer=self.data.tokenizer,
+            data_fingerprint=self.data.fingerprint,
+        )
+
+
+def _set_up(
+    run: RunConfig, out: Path, resume: bool, device_name: str, emit: Listener
+) -> tuple[Session, tuple[str, ...]]:
+    """Everything before the first step, and the lines that someone should read about it."""
+    if run.n_gpus > 1:
+        raise GptfitError(f"n_gpus={run.n_gpus}: this trains on one GPU", "n_gpus=1")
+    device = pick_device(device_name)
+    run, notes = adapt(run, device)
+    data = open_dataset(run)
+    found = _find_checkpoint(out, run, resume)
+    start(device, run.seed)
+    model = GPT(run).to(device)
+    optimizer = build_optimizer(model, run)
+    scaler = torch.amp.GradScaler(device.type, enabled=run.dtype == "float16")
+    session = Session(run, device, data, model, optimizer, scaler, emit)
+    session.micro_batch, session.eval_batch = run.batch_size, run.eval_batch_size
+    if found is not None:
+        notes += found.skipped + _changes(found.checkpoint, run, data)
+        _restore(session, found.checkpoint)
+    if run.compile:
+        compile_model(model)
+    with replacing(out / RUN_FILE) as file:
+        file.write(yaml.safe_dump(run.model_dump(), sort_keys=False).encode())
+    metrics.keep_until(out, session.step)
+    return session, notes
+
+
+def _find_checkpoint(out: Path, run: RunConfig, resume: bool) -> Found | None:
+    """The checkpoint to go on from; None for a new run. Makes the folder."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise GptfitError(f'cannot make the folder "{out}": {reason}', "give another --out") from None
+    found = latest_valid(out)
+    if found is None:
+        if resume:
+            raise GptfitError(f'there is no checkpoint in "{out}" to resume from', "leave out --resume to start anew")
+        return None
+    if not resume:
+        raise GptfitError(
+            f'"{out}" already holds a run, at step {found.checkpoint.step}',
+            "--resume goes on with it; another --out starts anew",
+        )
+    for key in SHAPING_KEYS:
+        was, now = getattr(found.checkpoint.run, key), getattr(run, key)
+        if was != now:
+            raise GptfitError(f"{key}={now}, but the checkpoint in {out} has {key}={was}", f"resume with {key}={was}")
+    return found
+
+
+def _changes(checkpoint: Checkpoint, run: RunConfig, data: Dataset) -> tuple[str, ...]:
+    before, after = checkpoint.run.model_dump(), run.model_dump()
+    changed = [f"{key}={after[key]} (was {before[key]})" for key in after if after[key] != before[key]]
+    notes = [f"resumed with {', '.join(changed)}"] if changed else []
+    if checkpoint.data_fingerprint != data.fingerprint:
+        notes.append("the data are not those that this run began with; it goes on with the new ones")
+    return tuple(notes)
+
+
+def _restore(session: Session, checkpoint: Checkpoint) -> None:
+    session.model.load_state_dict(dict(checkpoint.model))
+    load_state(session.optimizer, dict(checkpoint.optimizer))
+    if checkpoint.scaler and session.scaler.is_enabled():
+        session.scaler.load_state_dict(dict(checkpoint.scaler))
+    session.step = checkpoint.step
+    restore_rng(checkpoint.rng)
+
+
+def _step(session: Session) -> Stepped:
+    """One optimizer step."""
+    run, model, optimizer, scaler = session.run, session.model, session.optimizer, session.scaler
+    reset_peaks(session.device)
+    began = time.perf_counter()
+    rate = learning_rate_at(session.step, run)
+    set_learning_rate(optimizer, rate)
+    n = run.batch_size * run.gradient_accumulation_steps
+    tokens = session.data.tokens(TRAIN)
+    starts = sequence_starts(len(tokens), run.block_size, n, run.seed, session.step)
+    loss = _fitting(session, lambda: _accumulate(session, starts))
+    norm = None
+    if run.grad_clip:
+        scaler.unscale_(optimizer)  # pyright: ignore[reportArgumentType]
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), run.grad_clip)
+    try:
+        scaler.step(optimizer)  # pyright: ignore[reportArgumentType]
+    except torch.OutOfMemoryError as error:
+        # Some parameters have moved, some have not: there is no doing this step again.
+        raise GptfitError(
+            f"out of memory in the optimizer's step: {_first_line(error)}",
+            f"gptfit plan shows what fits; optimizer={run.optimizer} keeps its states whatever the batch size is",
+        ) from None
+    scaler.update()
+    optimizer.zero_grad()
+    mean = float(loss)  # waits for the GPU
+    session.step += 1
+    if not math.isfinite(mean):
+        raise GptfitError(
+            f"the loss of step {session.step} is {mean}", "lower learning_rate, or resume from the last checkpoint"
+        )
+    seconds = time.perf_counter() - began
+    held = held_memory(session.device)
+    return Stepped(
+        step=session.step,
+        loss=mean,
+        lr=rate,
+        tokens=session.step * run.tokens_per_step,
+        seconds=seconds,
+        tokens_per_second=run.tokens_per_step / seconds,
+        grad_norm=None if norm is None else float(norm),
+        peak_allocated_bytes=held.allocated_bytes if held else None,
+        peak_reserved_bytes=held.reserved_bytes if held else None,
+    )
+
+
+def _accumulate(session: Session, starts: np.ndarray) -> torch.Tensor:
+    """Gradients of the mean loss over the sequences at `starts`, added into .grad; the loss, not yet waited for."""
+    total = torch.zeros((), device=session.device)
+    for part in _split(starts, session.micro_batch):
+        share = len(part) / len(starts)
+        inputs_BT, targets_BT = load_batch(session.data.tokens(TRAIN), part, session.run, session.device)
+        loss = session.model(inputs_BT, targets_BT) * share
+        session.scaler.scale(loss).backward()
+        total += loss.detach()
+    return total
+
+
+@torch.no_grad()
+def _evaluate(session: Session) -> float:
+    """Mean loss over eval_iters · eval_batch_size sequences of the validation data, the same ones every time."""
+    run, tokens = session.run, session.data.tokens(VAL)
+    starts = sequence_starts(len(tokens), run.block_size, run.eval_iters * run.eval_batch_size, run.seed, 0, VAL)
+
+    def mean() -> float:
+        total = torch.zeros((), device=session.device)
+        for part in _split(starts, session.eval_batch):
+            inputs_BT, targets_BT = load_batch(tokens, part, run, session.device)
+            total += session.model(inputs_BT, targets_BT) * (len(part) / len(starts))
+        return float(total)
+
+    session.model.eval()
+    try:
+        return _fitting(session, mean, evaluating=True)
+    finally:
+        session.model.train()
+
+
+def _split(starts: np.ndarray, at_most: int) -> list[np.ndarray]:
+    """Pieces of equal size, to within one, none larger than `at_most`."""
+    return np.array_split(starts, -(-len(starts) // at_most))
+
+
+def _fitting(session: Session, attempt: Callable[[], T], evaluating: bool = False) -> T:
+    """`attempt`, again with smaller micro-batches for as long as it runs out of memory.
+
+    Raises GptfitError where one sequence at a time is too much.
+    """
+    while True:
+        rng = rng_state()
+        try:
+            return attempt()
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
+            reason = _first_line(error)
+        # Out here the traceback is gone, and with it the tensors that the failed attempt held.
+        session.optimizer.zero_grad()
+        release_cached(session.device)
+        restore_rng(rng)
+        size = session.eval_batch if evaluating else session.micro_batch
+        name = "eval_batch_size" if evaluating else "batch_size"
+        if size == 1:
+            raise GptfitError(
+                f"out of memory with {name}=1: {reason}",
+                "gptfit plan shows what fits; activation_checkpointing=block and a smaller block_size need less",
+            )
+        size -= max(1, size // 8)
+        if evaluating:
+            session.eval_batch = size
+        else:
+            session.micro_batch = size
+        session.emit(Note(f"out of memory; going on with micro-batches of {size}, the same tokens a step ({reason})"))
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate" in str(error)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).split("\n")[0].split(". GPU")[0][:200]
