@@ -1,0 +1,291 @@
+"""Watches torch run on fake tensors and writes down every storage that comes and goes.
+
+A dispatch mode sees the outputs of each op. The first time a storage is seen it is an allocation; a weak
+reference on it gives the free, at the instant at which CPython and torch's reference counts let go of it.
+Views and in-place ops bring no new storage, so they write nothing.
+"""
+
+import sys
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gptfit.memory.tape import Buffer, Event, Item, Mark, rounded
+
+aten = torch.ops.aten
+
+
+@dataclass(slots=True, eq=False)
+class Allocation:
+    """One storage. What it is for is often known only later, so this is changed until the tape is made."""
+
+    name: str
+    category: str
+    shape: tuple[int, ...]
+    dtype: str
+    n_bytes: int
+    phase: str
+    in_recompute: bool = False
+
+
+@dataclass(slots=True)
+class Note:
+    """`sign` +1: `allocation` begins, -1: it ends, 0: `mark` holds from here on."""
+
+    sign: int
+    allocation: Allocation | None = None
+    mark: Mark | None = None
+
+
+class Recorder(TorchDispatchMode):
+    """Records allocations and frees while it is entered. Enter it inside a FakeTensorMode.
+
+    `logits` is (vocab_size, number of elements) of the tensors to be called logits, if any.
+    """
+
+    def __init__(self, logits: tuple[int, int] | None = None) -> None:
+        super().__init__()
+        self.logits = logits
+        self.notes: list[Note] = []
+        self.alive: dict[int, Allocation] = {}  # by the address of the storage
+        self.phase = "setup"
+        self.path: list[str] = []
+        self.module_names: dict[int, str] = {}
+        self.parameter_names: dict[int, str] = {}
+        self.targets: int | None = None
+        self.places: dict[int, tuple[str, str]] = {}  # by autograd sequence number: path and phase of the forward op
+        self.making_on_host = False
+        self.host: set[int] = set()  # addresses of storages that code for a GPU has on the host
+        self._references: dict[int, weakref.ref[Any]] = {}
+        self._mark: Mark | None = None
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.ops.prim.device.default:
+            return func(*args, **(kwargs or {}))
+        if func is aten._local_scalar_dense.default:
+            return self.scalar(args[0])
+        kwargs = kwargs or {}
+        node = torch._C._current_autograd_node()
+        self.place(func, args, node)
+        if node is not None and func is aten.add.Tensor and accumulates_in_place(args):
+            return aten.add_.Tensor(*args)
+        out = func(*args, **kwargs)
+        on_host = self.making_on_host or (bool(self.host) and self.all_on_host(args))
+        for tensor in tensors_in(out):
+            self.see(tensor, on_host)
+        return out
+
+    def begin_forward(self, targets: Tensor | None = None) -> None:
+        """A forward starts; the loss begins where `targets` are first read."""
+        self.phase = "forward"
+        self.targets = None if targets is None else self.key(targets)
+
+    def scalar(self, tensor: Tensor) -> Any:
+        """Stands for `.item()`: the programs that gptfit traces read only losses and step counters."""
+        return 1.0 if tensor.is_floating_point() else 1
+
+    def place(self, func: Any, args: tuple[Any, ...], node: Any) -> None:
+        """Works out where in the model this op is, and writes a mark if that is another place than before."""
+        op = func.name().split("::")[1].split(".")[0]
+        if node is not None:
+            path, phase = self.places.get(node._sequence_nr(), ("", ""))
+            if phase:
+                self.phase = "loss backward" if phase == "loss" else "backward"
+            name = node.name().rsplit("::", 1)[-1]
+            op = f"{path}: {name}" if path else name
+        else:
+            if (
+                self.phase == "forward"
+                and self.targets is not None
+                and any(self.key(arg) == self.targets for arg in args if isinstance(arg, Tensor))
+            ):
+                self.phase = "loss"
+            path = self.path[-1] if self.path else ""
+            self.places[torch._C._autograd._get_sequence_nr() - 1] = (path, self.phase)
+            op = f"{path}: {op}" if path else op
+        mark = Mark(self.phase, op)
+        if mark != self._mark:
+            self._mark = mark
+            self.notes.append(Note(0, mark=mark))
+
+    @staticmethod
+    def key(tensor: Tensor) -> int:
+        return tensor.untyped_storage()._cdata
+
+    def all_on_host(self, args: tuple[Any, ...]) -> bool:
+        """Whether an op reads host tensors alone, so that its result is one, too."""
+        inputs = list(tensors_in(args))
+        return bool(inputs) and all(self.key(tensor) in self.host for tensor in inputs)
+
+    def see(self, tensor: Tensor, on_host: bool = False) -> Allocation | None:
+        """Takes note of the storage of `tensor` if it is new, and returns what is known about it."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self.alive:
+            return self.alive[key]
+        if key in self.host:
+            return None
+        if on_host:
+            self.host.add(key)
+            self._references[key] = weakref.ref(storage, lambda _: self.host.discard(key))
+            return None
+        n_bytes = rounded(storage.nbytes())
+        if n_bytes == 0:
+            return None
+        mark = self._mark or Mark(self.phase, "")
+        allocation = Allocation(
+            name=mark.op,
+            category=self.category(tensor),
+            shape=tuple(tensor.shape),
+            dtype=str(tensor.dtype).removeprefix("torch."),
+            n_bytes=n_bytes,
+            phase=self.phase,
+        )
+        self.alive[key] = allocation
+        self._references[key] = weakref.ref(storage, lambda _: self.gone(key))
+        self.notes.append(Note(1, allocation))
+        return allocation
+
+    def gone(self, key: int) -> None:
+        allocation = self.alive.pop(key)
+        self._references.pop(key, None)
+        self.notes.append(Note(-1, allocation))
+
+    def category(self, tensor: Tensor) -> str:
+        if tensor.shape and (tensor.shape[-1], tensor.numel()) == self.logits:
+            return "logits"
+        return "activation" if self.phase in ("forward", "loss") else "temporary"
+
+    def label(self, tensor: Tensor, name: str, category: str) -> None:
+        """Says what `tensor` is, now that it is known."""
+        allocation = self.see(tensor)
+        if allocation is not None:
+            allocation.name, allocation.category = name, category
+
+    def label_model(self, model: nn.Module) -> None:
+        """Parameters and buffers of `model` are from here on known by name."""
+        self.module_names = {id(module): name for name, module in model.named_modules()}
+        for name, parameter in model.named_parameters():
+            self.label(parameter, name, "parameter")
+        for name, buffer in model.named_buffers():
+            self.label(buffer, name, "buffer")
+
+    def label_gradients(self, model: nn.Module) -> None:
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                self.label(parameter.grad, f"{name}.grad", "gradient")
+
+    def label_state(self, model: nn.Module, optimizer: Any) -> None:
+        """Optimizer state of each parameter; steps that are kept on the host are none of it."""
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        for part in getattr(optimizer, "parts", (optimizer,)):
+            for parameter, state in part.state.items():
+                for key, value in state.items():
+                    for tensor in tensors_in(value):
+                        self.label(tensor, f"{names.get(id(parameter), '')} {key}", "optimizer state")
+
+    @contextmanager
+    def modules(self) -> Iterator[None]:
+        """Keeps track of which module runs, by torch's global module hooks."""
+
+        def enter(module: nn.Module, _: Any) -> None:
+            name = self.module_names.get(id(module), "")
+            self.path.append(name)
+
+        def leave(module: nn.Module, _: Any, __: Any) -> None:
+            if self.path:
+                self.path.pop()
+
+        handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True)]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def items(self, start: int = 0, stop: int | None = None) -> list[Item]:
+        """The notes from `start` to `stop` as a flat tape; storages alive at `start` are allocated first."""
+        stop = len(self.notes) if stop is None else stop
+        before: dict[int, Allocation] = {}
+        for note in self.notes[:start]:
+            if note.allocation is not None and note.sign > 0:
+                before[id(note.allocation)] = note.allocation
+            elif note.allocation is not None:
+                before.pop(id(note.allocation), None)
+        namer = Namer()
+        items: list[Item] = [Mark("setup", "alive before")]
+        items += [Event(1, namer.begin(allocation)) for allocation in before.values()]
+        for note in self.notes[start:stop]:
+            if note.mark is not None:
+                items.append(note.mark)
+            elif note.allocation is not None:
+                make = namer.begin if note.sign > 0 else namer.end
+                items.append(Event(note.sign, make(note.allocation)))
+        return items
+
+
+class Namer:
+    """Gives each allocation a buffer whose name no other living one has, as a tape pairs frees by name."""
+
+    def __init__(self) -> None:
+        self.taken: set[str] = set()
+        self.buffers: dict[int, Buffer] = {}
+
+    def begin(self, allocation: Allocation) -> Buffer:
+        name, n = allocation.name.replace("*", ""), 1
+        while name in self.taken:
+            n += 1
+            name = f"{allocation.name} #{n}"
+        self.taken.add(name)
+        buffer = Buffer(name, allocation.category, allocation.shape, allocation.dtype, allocation.n_bytes)
+        self.buffers[id(allocation)] = buffer
+        return buffer
+
+    def end(self, allocation: Allocation) -> Buffer:
+        buffer = self.buffers.pop(id(allocation))
+        self.taken.discard(buffer.name)
+        return buffer
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from tensors_in(part)
+
+
+def accumulates_in_place(args: tuple[Any, ...]) -> bool:
+    """Whether this sum in backward is the engine's, of two gradients for one tensor.
+
+    The engine adds into the gradient that it holds alone (autograd/input_buffer.cpp, can_accumulate_inplace), but
+    never does so for tensor subclasses, which fake tensors are; so it is done here.
+    """
+    old, new = args[:2]
+    if len(args) > 2 or not isinstance(new, Tensor) or old.shape != new.shape or old.dtype != new.dtype:
+        return False
+    frame: Any = sys._getframe(2)
+    if not frame.f_code.co_filename.endswith("torch/autograd/graph.py"):
+        return False
+    return is_dense(old)
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Non-overlapping and dense: its elements fill its storage's stretch once."""
+    expected = 1
+    for stride, size in sorted(
+        (stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1
+    ):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
