@@ -42,7 +42,7 @@ class Storage:
 class Node:
     """One step of backward. `backward` turns the gradient of the output into those of `inputs`."""
 
-    __slots__ = ("awaited", "backward", "inputs", "name", "param", "saved", "shift")
+    __slots__ = ("awaited", "backward", "inputs", "joins", "name", "param", "saved", "shift")
 
     def __init__(
         self,
@@ -58,6 +58,7 @@ class Node:
         self.backward = backward
         self.param = param
         self.shift = 0
+        self.joins = False  # whether gradients of several outputs arrive, side by side, as a Bundle
         self.awaited = 0  # of a parameter: gradients still to come, more than one where it is shared
 
 
@@ -71,6 +72,15 @@ class Tensor:
         self.shape = shape
         self.dtype = dtype
         self.node = node
+
+
+class Bundle(Tensor):
+    """Gradients of the several outputs of one node."""
+
+    __slots__ = ("parts",)
+
+    def __init__(self) -> None:
+        self.parts: list[Tensor] = []
 
 
 class Parameter:
@@ -169,6 +179,14 @@ class Writer:
         self.items.append(self.rounds._replace(body=body))
         self.rounds = None
 
+    @contextmanager
+    def repeated(self, n: int) -> Iterator[None]:
+        """What is written inside happens `n` times, leaving nothing."""
+        outer, self.items = self.items, []
+        yield
+        body, self.items = self.items, outer
+        self.items.append(Loop(n, body, numbered=False))
+
     def backward(self, nodes: list[Node], grads: dict[Node, Tensor]) -> None:
         """Runs `nodes` from the last to the first, as torch's engine does: a node's saved tensors go
         when it has run, gradients of parameters are accumulated as soon as they are complete.
@@ -196,7 +214,12 @@ class Writer:
     def _deliver(self, target: Node, result: Tensor, grads: dict[Node, Tensor]) -> None:
         """Adds `result` to what has arrived for `target`: in place, as torch does where it holds the only
         reference (autograd/input_buffer.cpp, can_accumulate_inplace), so nothing is written."""
-        grads.setdefault(target, result)
+        if target.joins:
+            bundle = grads.setdefault(target, Bundle())
+            assert isinstance(bundle, Bundle)
+            bundle.parts.append(result)
+        else:
+            grads.setdefault(target, result)
         if target.param is not None:
             target.awaited -= 1
             if target.awaited == 0:

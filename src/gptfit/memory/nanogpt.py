@@ -7,6 +7,7 @@ cross_entropy in fp32; a parameter's low-precision copy is made once in a forwar
 
 from gptfit.config import RunConfig
 from gptfit.memory import ops
+from gptfit.memory.attention import flash_attention, split_heads
 from gptfit.memory.autograd import Tensor, Writer
 from gptfit.memory.programs import Program, call
 from gptfit.memory.tape import Buffer, make_buffer
@@ -45,8 +46,8 @@ class NanoGPT(Program):
     def attention(self, x: Tensor) -> Tensor:
         w, run = self.w, self.run
         qkv = call(self.linear, x, "h.*.attn.c_attn", 3 * run.n_embd, run.bias)
-        qkv = ops.split_heads(w, qkv, "h.*.attn.qkv")
-        y = ops.flash_attention(w, qkv, run.n_head, run.n_head, run.head_size, "h.*.attn.y")
+        heads = split_heads(w, qkv, run.n_head, run.n_head, run.head_size)
+        y = flash_attention(w, heads, "h.*.attn.y")
         y = call(self.linear, y, "h.*.attn.c_proj", run.n_embd, run.bias)
         return call(ops.dropout, w, y, run.dropout, "h.*.attn.resid_dropout")
 

@@ -81,10 +81,10 @@ def layer_norm(w: Writer, x: Tensor, weight: Tensor, bias: Tensor | None, name: 
     return y
 
 
-def elementwise(w: Writer, x: Tensor, name: str, saves: str = "input") -> Tensor:
+def elementwise(w: Writer, x: Tensor, name: str, saves: str = "input", category: str = "activation") -> Tensor:
     """A function of each element, such as gelu, silu or tanh: saves its input (or its output), one gradient."""
     shape, dtype = x.shape, x.dtype
-    y = w.empty(name, "activation", shape, dtype)
+    y = w.empty(name, category, shape, dtype)
 
     def backward(grad: Tensor, saved: Saved) -> list[Tensor]:
         return [w.empty(f"{name} input gradient", "temporary", shape, dtype)]
@@ -113,9 +113,8 @@ def square(w: Writer, x: Tensor, name: str) -> Tensor:
     def backward(grad: Tensor, saved: Saved) -> list[Tensor]:
         power = w.empty(f"{name} power", "temporary", shape, dtype)
         doubled = w.empty(f"{name} doubled", "temporary", shape, dtype)
-        del power
         result = w.empty(f"{name} input gradient", "temporary", shape, dtype)
-        del doubled
+        del power, doubled
         return [result]
 
     y.node = w.record(name, (x.node,), (x.storage,), backward)
@@ -175,59 +174,6 @@ def embedding(w: Writer, indices: Tensor, weight: Tensor, name: str) -> Tensor:
     return y
 
 
-def split_heads(w: Writer, qkv: Tensor, name: str) -> Tensor:
-    """q, k and v as views of one projection; backward joins their three gradients."""
-    shape, dtype = qkv.shape, qkv.dtype
-
-    def backward(grad: Tensor, saved: Saved) -> list[Tensor]:
-        return [w.empty(f"{name} gradient", "temporary", shape, dtype)]
-
-    return Tensor(qkv.storage, shape, dtype, w.record(f"{name} split", (qkv.node,), (), backward))
-
-
-def flash_attention(
-    w: Writer, qkv: Tensor, n_head: int, n_kv_head: int, head_size: int, name: str, sources: tuple[Storage, ...] = ()
-) -> Tensor:
-    """Causal attention. Saves q, k, v (views of `qkv`, or `sources` where they were made anew), the output and
-    the fp32 log-sum-exp of each row; backward makes the gradients of q, k and v.
-
-    4·T·C FLOPs a token in forward, the causal half not taken off (PaLM, appendix B).
-    """
-    b, t = qkv.shape[:2]
-    dtype = qkv.dtype
-    out = w.empty(name, "activation", (b, t, n_head * head_size), dtype)
-    # The memory-efficient kernel, which takes fp32, pads the rows to 32 (aten/native/transformers/cuda/attention.cu).
-    rows = t if dtype != "float32" else -(-t // 32) * 32
-    lse = w.empty(f"{name} log-sum-exp", "activation", (b, n_head, rows), "float32")
-    w.flops += 4 * b * t * t * n_head * head_size * w.repeat
-
-    def backward(grad: Tensor, saved: Saved) -> list[Tensor]:
-        parts = [
-            w.empty(f"{name} gradient of {part}", "temporary", (b, t, heads, head_size), dtype)
-            for part, heads in (("q", n_head), ("k", n_kv_head), ("v", n_kv_head))
-        ]
-        if w.kernels:
-            # flash-attention's backward sums dq in fp32 (flash_api.cpp, mha_bwd: dq_accum, softmax_d).
-            rows, width = -(-t // 128) * 128, -(-head_size // 32) * 32
-            scratch = w.empty(f"{name} dq accumulator", "workspace", (b, n_head, rows, width + 1), "float32")
-            del scratch
-        return [Bundle(parts)]
-
-    saved = (*(sources or (qkv.storage,)), out.storage, lse.storage)
-    out.node = w.record(name, (qkv.node,), saved, backward)
-    return out
-
-
-class Bundle(Tensor):
-    """Several tensors that travel one edge together."""
-
-    __slots__ = ("parts",)
-
-    def __init__(self, parts: list[Tensor]) -> None:
-        super().__init__(parts[0].storage, parts[0].shape, parts[0].dtype)
-        self.parts = parts
-
-
 def cross_entropy(w: Writer, logits: Tensor, targets: Tensor, name: str = "cross entropy") -> Tensor:
     """F.cross_entropy in fp32: log_softmax's output is saved; backward makes the nll's gradient, then
     log_softmax's, each as large as the logits in fp32."""
@@ -249,9 +195,9 @@ def cross_entropy(w: Writer, logits: Tensor, targets: Tensor, name: str = "cross
     return loss
 
 
-def scale(w: Writer, x: Tensor, name: str) -> Tensor:
-    """A scalar times a constant."""
-    y = w.empty(name, "activation", x.shape, x.dtype)
+def scale(w: Writer, x: Tensor, name: str, category: str = "activation") -> Tensor:
+    """A tensor times a constant: nothing is saved."""
+    y = w.empty(name, category, x.shape, x.dtype)
     shape, dtype = x.shape, x.dtype
 
     def backward(grad: Tensor, saved: Saved) -> list[Tensor]:

@@ -1,8 +1,13 @@
 """gptfit's own model.py and loss.py, eager: explicit casts, no logits returned, the loss in chunks."""
 
+from collections.abc import Callable
+from dataclasses import replace
+
 from gptfit.memory import ops
-from gptfit.memory.autograd import Storage, Tensor
+from gptfit.memory.attention import flash_attention, math_attention, rotate, split_heads, tables
+from gptfit.memory.autograd import Storage, Tensor, Writer
 from gptfit.memory.programs import Program, call
+from gptfit.memory.tape import Buffer
 
 Saved = tuple[Storage, ...]
 
@@ -11,6 +16,10 @@ class Ours(Program):
     """The twin of gptfit's GPT."""
 
     name = "gptfit"
+
+    def buffers(self) -> list[Buffer]:
+        run = self.run
+        return tables(run.position, run.attention, run.block_size, run.head_size, run.dtype)
 
     def parameter(self, name: str, shape: tuple[int, ...]) -> Tensor:
         return ops.use(self.w, self.w.parameter(name, shape, self.run.param_dtype))
@@ -31,10 +40,21 @@ class Ours(Program):
 
     def attention(self, x: Tensor) -> Tensor:
         w, run = self.w, self.run
-        kv_width = run.n_kv_head * run.head_size
-        qkv = call(self.linear, x, "h.*.attn.c_attn", run.n_embd + 2 * kv_width)
-        qkv = ops.split_heads(w, qkv, "h.*.attn.qkv")
-        y = ops.flash_attention(w, qkv, run.n_head, run.n_kv_head, run.head_size, "h.*.attn.y")
+        qkv = call(self.linear, x, "h.*.attn.c_attn", run.n_embd + 2 * run.n_kv_head * run.head_size)
+        made_anew = run.position == "rope" or run.attention == "math"
+        heads = split_heads(w, qkv, run.n_head, run.n_kv_head, run.head_size, copies=made_anew)
+        if run.qk_norm:
+            q = rms_norm(self, heads.q, None, "h.*.attn.q normed")
+            heads = replace(heads, q=q, k=rms_norm(self, heads.k, None, "h.*.attn.k normed"))
+            del q
+        if run.position == "rope":
+            q = rotate(w, heads.q, "h.*.attn.q rotated")
+            heads = replace(heads, q=q, k=rotate(w, heads.k, "h.*.attn.k rotated"), by_head=True)
+            del q
+        if run.attention == "math":
+            y = math_attention(w, heads, "h.*.attn.y", run.dropout)
+        else:
+            y = flash_attention(w, heads, "h.*.attn.y")
         y = call(self.linear, y, "h.*.attn.c_proj", run.n_embd)
         return ops.dropout(w, y, run.dropout, "h.*.attn.dropout")
 
@@ -76,10 +96,22 @@ class Ours(Program):
         if run.loss == "chunked":
             return chunked_cross_entropy(self, x, weight), []
         logits = ops.linear(w, x, ops.cast(w, weight, run.dtype), None, "lm_head", "logits")
-        return ops.cross_entropy(w, ops.cast(w, logits, "float32", "logits as float32"), targets), []
+        logits = ops.cast(w, logits, "float32", "logits as float32")
+        if run.logit_softcap:
+            logits = soft_cap(w, logits)
+        return ops.cross_entropy(w, logits, targets), []
 
 
-def rms_norm(program: Ours, x: Tensor, weight: Tensor, name: str) -> Tensor:
+def soft_cap(w: Writer, logits: Tensor) -> Tensor:
+    """loss.soft_cap: cap · tanh(logits / cap) in fp32; tanh's output is saved."""
+    divided = ops.scale(w, logits, "logits divided", "logits")
+    del logits
+    tanh = ops.elementwise(w, divided, "logits tanh", "output", "logits")
+    del divided
+    return ops.scale(w, tanh, "logits capped", "logits")
+
+
+def rms_norm(program: Ours, x: Tensor, weight: Tensor | None, name: str) -> Tensor:
     """model.rms_norm: keeps its input and one fp32 rstd a row; statistics and product in fp32."""
     w, dtype, shape, x_dtype = program.w, program.run.dtype, x.shape, x.dtype
     rows = (*shape[:-1], 1)
@@ -89,23 +121,28 @@ def rms_norm(program: Ours, x: Tensor, weight: Tensor, name: str) -> Tensor:
     del mean
     y = w.empty(f"{name} in float32", "temporary", shape, "float32")
     out = y if dtype == "float32" else w.empty(name, "activation", shape, dtype)
-    weight_shape, weight_dtype = weight.shape, weight.dtype
+    weight_shape, weight_dtype = (weight.shape, weight.dtype) if weight is not None else ((), "")
     del norm, y
 
-    def backward(grad: Tensor, saved: Saved) -> list[Tensor]:
+    def backward(grad: Tensor, saved: Saved) -> list[Tensor | None]:
         normed = w.empty(f"{name} normed", "temporary", shape, "float32")
-        product = w.empty(f"{name} product", "temporary", shape, "float32")
-        grad_weight = w.empty(f"{name} weight gradient", "temporary", weight_shape, weight_dtype)
-        del product
-        scaled = w.empty(f"{name} scaled gradient", "temporary", shape, "float32")
+        grad_weight = scaled = None
+        if weight_dtype:
+            product = w.empty(f"{name} product", "temporary", shape, "float32")
+            grad_weight = w.empty(f"{name} weight gradient", "temporary", weight_shape, weight_dtype)
+            del product
+            scaled = w.empty(f"{name} scaled gradient", "temporary", shape, "float32")
         product = w.empty(f"{name} product", "temporary", shape, "float32")
         along = w.empty(f"{name} mean product", "temporary", rows, "float32")
-        del product, scaled, along
+        del product
         if x_dtype != "float32":
-            normed = w.empty(f"{name} input gradient", "temporary", shape, x_dtype)
+            normed = [w.empty(f"{name} input gradient", "temporary", shape, x_dtype), normed][0]
+        del scaled, along
         return [normed, grad_weight]
 
-    out.node = w.record(name, (x.node, weight.node), (x.storage, weight.storage, rstd.storage), backward)
+    inputs = (x.node, weight.node if weight is not None else None)
+    saved = (x.storage, rstd.storage) if weight is None else (x.storage, weight.storage, rstd.storage)
+    out.node = w.record(name, inputs, saved, backward)
     return out
 
 
@@ -113,56 +150,92 @@ def chunked_cross_entropy(program: Ours, x: Tensor, weight: Tensor) -> Tensor:
     """loss.chunked_cross_entropy: gradients made in the forward, one chunk's logits alive at a time."""
     w, run = program.w, program.run
     n_tokens = run.batch_size * run.block_size
-    n_embd, vocab = run.n_embd, run.vocab_size
-    low = run.dtype
+    n_embd, vocab, low = run.n_embd, run.vocab_size, run.dtype
     w.flops += 2 * n_tokens * n_embd * vocab
     w_low = ops.cast(w, Tensor(weight.storage, weight.shape, weight.dtype), low, "lm_head weight copy")
     valid = w.empty("valid", "temporary", (n_tokens,), "bool")
-    count = w.empty("loss scale", "activation", (), "float32")
+    factor = w.empty("loss scale", "activation", (), "float32")
     total = w.empty("loss sum", "temporary", (), "float32")
     with_grad = w.grad_enabled
     grad_x = w.empty("loss gradient of x", "activation", x.shape, x.dtype) if with_grad else None
     grad_w = w.empty("loss gradient of the head", "gradient", (vocab, n_embd), "float32") if with_grad else None
-    for rows in chunk_kinds(n_tokens, run.loss_chunk_size):
-        one_chunk(program, rows, with_grad)
-    del w_low, valid
+    full, rest = divmod(n_tokens, run.loss_chunk_size)
+    for n_chunks, rows in ((full, run.loss_chunk_size), (1 if rest else 0, rest)):
+        if n_chunks:
+            with w.repeated(n_chunks):
+                one_chunk(program, rows, with_grad)
     loss = w.empty("mean loss", "activation", (), "float32")
-    del total
+    del w_low, valid, total
     if grad_x is None or grad_w is None:
         return loss
+    x_shape = x.shape
 
     def backward(grad: Tensor, saved: Saved) -> list[Tensor]:
         factor = w.empty("loss factor", "temporary", (), "float32")
         del factor
-        return [Tensor(saved[0], x_shape, low), Tensor(saved[1], (vocab, n_embd), "float32")]
+        grad_w = Tensor(saved[1], (vocab, n_embd), "float32")
+        if run.param_dtype != "float32":
+            grad_w = w.empty("loss gradient of the head cast", "temporary", (vocab, n_embd), run.param_dtype)
+        return [Tensor(saved[0], x_shape, low), grad_w]
 
-    x_shape = x.shape
-    loss.node = w.record(
-        "chunked loss", (x.node, weight.node), (grad_x.storage, grad_w.storage, count.storage), backward
-    )
+    saved = (grad_x.storage, grad_w.storage, factor.storage)
+    loss.node = w.record("chunked loss", (x.node, weight.node), saved, backward)
     return loss
 
 
-def chunk_kinds(n_tokens: int, chunk_size: int) -> list[int]:
-    """A full chunk stands for all full ones, as each is gone before the next; then the rest."""
-    full, rest = divmod(n_tokens, chunk_size)
-    return ([chunk_size] if full else []) + ([rest] if rest else [])
-
-
 def one_chunk(program: Ours, rows: int, with_grad: bool) -> None:
+    """loss._chunk and the two products, line by line; an fp32 chunk is worked on in place."""
     w, run = program.w, program.run
-    shape, low = (rows, run.vocab_size), run.dtype
-    logits = w.empty("logits of a chunk", "logits", shape, low)
-    capped = [
-        w.empty("logits of a chunk, tanh", "logits", shape, "float32") for _ in range(2 if run.logit_softcap else 0)
-    ]
-    if low != "float32" and not run.logit_softcap:
-        capped.append(w.empty("logits of a chunk in float32", "logits", shape, "float32"))
+    low, cap = run.dtype, run.logit_softcap
+
+    def column(label: str, dtype: str = "float32") -> Tensor:
+        return w.empty(f"chunk {label}", "temporary", (rows, 1), dtype)
+
+    def matrix(label: str) -> Tensor:
+        return w.empty(f"logits of a chunk{label}", "logits", (rows, run.vocab_size), "float32")
+
+    logits = w.empty("logits of a chunk", "logits", (rows, run.vocab_size), low)
+    targets = column("targets", "int64")
+    tanh = capped = None
+    if cap:
+        raised = matrix(" in float32") if low != "float32" else None
+        divided = matrix(" divided")
+        del raised
+        tanh = matrix(" tanh")
+        del divided
+        capped = matrix(" capped")
+    high = low != "float32" and not cap
+    largest = two_step(column, "largest", low, high)
+    target = two_step(column, "target", low, high)
+    z = matrix(" shifted") if high else None
+    sums = column("sums")
+    log = column("log")
+    plus = column("log plus largest")
+    del log
+    minus = column("loss")
+    del plus
+    losses = column("valid loss")
+    del minus
     if with_grad:
-        capped.clear()
-        product = w.empty("head gradient of a chunk", "temporary", (run.vocab_size, run.n_embd), low)
-        del product
+        negative = column("negative sums")
+        del negative
+        share = column("valid share")
+        del share
+    del targets, largest, target, z, sums, tanh, capped
+    total = w.empty("chunk loss", "temporary", (), "float32")
+    del total
+    if with_grad:
+        if low != "float32":
+            product = w.empty("head gradient of a chunk", "temporary", (run.vocab_size, run.n_embd), low)
+            del product
         part = w.empty("x gradient of a chunk", "temporary", (rows, run.n_embd), low)
         del part
-    capped.clear()
-    del logits
+    del losses, logits
+
+
+def two_step(column: Callable[..., Tensor], label: str, low: str, high: bool) -> Tensor:
+    """A column in the compute dtype, and its fp32 form, which stays."""
+    if not high:
+        return column(label)
+    first = column(f"{label} low", low)
+    return [column(label), first][0]

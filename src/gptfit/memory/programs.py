@@ -56,6 +56,10 @@ class Program:
         """The loss, and what forward returns beside it."""
         raise NotImplementedError
 
+    def buffers(self) -> list[Buffer]:
+        """Tables that live as long as the model and are no parameters."""
+        return []
+
     def kept_buffers(self) -> list[Buffer]:
         """What the training loop's variables hold when the next micro-step begins, the loss excepted."""
         return []

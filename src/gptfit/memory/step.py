@@ -112,7 +112,7 @@ def pieces(run: RunConfig, program: str, whole: bool = True, kernels: bool = Fal
         states=optimizers.state_items(params, n_layer, run.optimizer, run.optimizer_impl),
         step=optimizers.step_items(params, n_layer, run.optimizer, run.optimizer_impl),
         zero_grad=optimizers.gradient_items(params, n_layer, -1),
-        parameter_items=optimizers.parameter_items(params, n_layer),
+        parameter_items=[*optimizers.parameter_items(params, n_layer), *(Event(1, table) for table in twin.buffers())],
         kept=kept,
         evaluation=evaluation(Writer(run.n_layer), program, run) if whole else [],
         flops_per_token=3 * flops // (run.batch_size * run.block_size),
