@@ -93,6 +93,7 @@ def flash_attention(w: Writer, heads: Heads, name: str) -> Tensor:
     # The memory-efficient kernel, which takes fp32, pads the rows to 32 (aten/native/transformers/cuda/attention.cu).
     rows = t if dtype != "float32" else -(-t // 32) * 32
     lse = w.empty(f"{name} log-sum-exp", "activation", (b, n_head, rows), "float32")
+    seed, offset = (w.empty(f"{name} random {part}", "activation", (), "int64") for part in ("seed", "offset"))
     w.flops += 4 * b * t * t * n_head * head_size * w.repeat
 
     def backward(grad: Tensor, saved: Saved) -> list[Tensor]:
@@ -107,7 +108,8 @@ def flash_attention(w: Writer, heads: Heads, name: str) -> Tensor:
             del scratch
         return parts
 
-    storages = {id(storage): storage for storage in (q.storage, k.storage, v.storage, out.storage, lse.storage)}
+    kept = (q.storage, k.storage, v.storage, out.storage, lse.storage, seed.storage, offset.storage)
+    storages = {id(storage): storage for storage in kept}
     out.node = w.record(name, (q.node, k.node, v.node), tuple(storages.values()), backward)
     return join_heads(w, out, n_head, name) if heads.by_head else out
 

@@ -130,12 +130,21 @@ def step_items(params: list[Parameter], n_layer: int, name: str, impl: str) -> l
 
 
 def one_by_one(params: list[Parameter], n_layer: int, copies: int) -> list[Item]:
+    """The last of a parameter's temporaries is a local variable, which lives until the next parameter's is made."""
+    before = [param for param in params if "*" not in param.name]
+    block = [param for param in params if "*" in param.name]
+    return [*_chain(before, copies), *([Loop(n_layer, _chain(block, copies))] if block else [])]
+
+
+def _chain(params: list[Parameter], copies: int) -> list[Item]:
     items: list[Item] = []
-    for param in params:
+    last: list[Item] = []
+    for param in params if copies else []:
         buffers = [buffer for copy in range(copies) for buffer in _temporary(f"temporary {copy}")(param)]
-        body: list[Item] = [Event(sign, buffer) for sign in (1, -1) for buffer in buffers]
-        items.append(Loop(n_layer, body)) if "*" in param.name else items.extend(body)
-    return items
+        items += [Event(1, buffer) for buffer in buffers]
+        items += [Event(-1, buffer) for buffer in buffers[:-1]] + last
+        last = [Event(-1, buffers[-1])]
+    return items + last
 
 
 def clip_items(params: list[Parameter], n_layer: int) -> list[Item]:

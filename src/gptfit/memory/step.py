@@ -8,11 +8,12 @@ from gptfit.memory import ops, optimizers
 from gptfit.memory.autograd import Parameter, Writer
 from gptfit.memory.nanogpt import NanoGPT
 from gptfit.memory.ours import Ours
-from gptfit.memory.programs import Program
+from gptfit.memory.programs import Program, collect
 from gptfit.memory.tape import Buffer, Event, Item, Loop, Mark, Tape, make_buffer
 
 PROGRAMS: dict[str, type[Program]] = {"nanogpt": NanoGPT, "gptfit": Ours}
 LOSS = make_buffer("loss", "activation", (), "float32")
+SCALER = tuple(make_buffer(f"GradScaler {name}", "buffer", (), "float32") for name in ("scale", "growth tracker"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,13 +52,14 @@ def micro_step(w: Writer, program: Program, kept: bool) -> tuple[list[Item], int
     loss = ops.scale(w, loss, LOSS.name)
     x, y = (w.empty(*buffer[:4]) for buffer in batch_buffers(run))
     w.mark("loss", "loss backward")
-    root, loss.node = loss.node, None
+    scaled = ops.scale(w, loss, "loss times scale") if run.dtype == "float16" else loss  # what GradScaler makes
+    root = scaled.node
     assert root is not None
-    program.head_nodes.append(root)
+    program.head_nodes += collect(w)
     grads = {root: w.empty("loss gradient", "temporary", (), "float32")}
     del root
-    w.nodes = []
     program.backward(grads)
+    del scaled
     for tensor in (*returned, loss, x, y):
         tensor.storage.forget()
     return [Event(1, tensor.storage.buffer) for tensor in (*returned, loss)], saved_bytes
@@ -112,7 +114,10 @@ def pieces(run: RunConfig, program: str, whole: bool = True, kernels: bool = Fal
         states=optimizers.state_items(params, n_layer, run.optimizer, run.optimizer_impl),
         step=optimizers.step_items(params, n_layer, run.optimizer, run.optimizer_impl),
         zero_grad=optimizers.gradient_items(params, n_layer, -1),
-        parameter_items=[*optimizers.parameter_items(params, n_layer), *(Event(1, table) for table in twin.buffers())],
+        parameter_items=[
+            *optimizers.parameter_items(params, n_layer),
+            *(Event(1, buffer) for buffer in (*twin.buffers(), *(SCALER if run.dtype == "float16" else ()))),
+        ],
         kept=kept,
         evaluation=evaluation(Writer(run.n_layer), program, run) if whole else [],
         flops_per_token=3 * flops // (run.batch_size * run.block_size),
