@@ -63,8 +63,14 @@ class Recorder(TorchDispatchMode):
         self.places: dict[int, tuple[str, str]] = {}  # by autograd sequence number: path and phase of the forward op
         self.making_on_host = False
         self.host: set[int] = set()  # addresses of storages that code for a GPU has on the host
+        self.sole_holders: tuple[int, int, int] | None = None
         self._references: dict[int, weakref.ref[Any]] = {}
         self._mark: Mark | None = None
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled while recording: spares two Python frames for each op."""
+        return False
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -76,13 +82,25 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         node = torch._C._current_autograd_node()
         self.place(func, args, node)
-        if node is not None and func is aten.add.Tensor and accumulates_in_place(args):
+        if node is not None and accumulates(func, args) and self.held_alone(args[0], args[1]):
             return aten.add_.Tensor(*args)
         out = func(*args, **kwargs)
         on_host = self.making_on_host or (bool(self.host) and self.all_on_host(args))
         for tensor in tensors_in(out):
             self.see(tensor, on_host)
         return out
+
+    def held_alone(self, old: Tensor, new: Tensor) -> bool:
+        """Whether the engine would add `new` into `old`: it does so into a dense gradient that nobody else holds
+        (autograd/input_buffer.cpp, can_accumulate_inplace), but never for fake tensors, so it is done here."""
+        if self.sole_holders is None:  # the calibrating backward: this one is held by the engine alone
+            self.sole_holders = holders(old)
+        return is_dense(old) and old.dtype == new.dtype and holders(old) == self.sole_holders
+
+    def calibrate(self) -> None:
+        """Learns how many references a gradient has that the engine alone holds; it depends on the version."""
+        x = torch.empty(1, requires_grad=True) * 1.0
+        (x * 1.0 + x * 1.0).backward()
 
     def begin_forward(self, targets: Tensor | None = None) -> None:
         """A forward starts; the loss begins where `targets` are first read."""
@@ -264,19 +282,18 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             yield from tensors_in(part)
 
 
-def accumulates_in_place(args: tuple[Any, ...]) -> bool:
-    """Whether this sum in backward is the engine's, of two gradients for one tensor.
+def accumulates(func: Any, args: tuple[Any, ...]) -> bool:
+    """Whether this op is the autograd engine's own sum of two gradients that arrived for one tensor."""
+    if func is not aten.add.Tensor or len(args) != 2 or not isinstance(args[1], Tensor):
+        return False
+    # C++ code calls no Python in between; a backward written in Python would be the nearest frame.
+    return sys._getframe(2).f_code.co_filename.endswith("torch/autograd/graph.py")
 
-    The engine adds into the gradient that it holds alone (autograd/input_buffer.cpp, can_accumulate_inplace), but
-    never does so for tensor subclasses, which fake tensors are; so it is done here.
-    """
-    old, new = args[:2]
-    if len(args) > 2 or not isinstance(new, Tensor) or old.shape != new.shape or old.dtype != new.dtype:
-        return False
-    frame: Any = sys._getframe(2)
-    if not frame.f_code.co_filename.endswith("torch/autograd/graph.py"):
-        return False
-    return is_dense(old)
+
+def holders(tensor: Tensor) -> tuple[int, int, int]:
+    """References to the tensor in C++ and in Python, and to its storage."""
+    storage_uses = torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)  # pyright: ignore[reportAttributeAccessIssue]
+    return tensor._use_count(), sys.getrefcount(tensor), storage_uses  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def is_dense(tensor: Tensor) -> bool:

@@ -77,6 +77,7 @@ def as_on_cuda(recorder: Recorder) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(recorder)
+        recorder.calibrate()
         kernels = stack.enter_context(CudaKernels(recorder))
         stack.enter_context(kernels.in_backward())
         stack.enter_context(recorder.modules())
