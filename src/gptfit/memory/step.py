@@ -139,7 +139,8 @@ def steady_step(run: RunConfig, p: Pieces) -> Tape:
 def first_steps(run: RunConfig, p: Pieces, n_steps: int = 3, n_micro: int = 3) -> Tape:
     """A run from its start, for the allocator: evaluation, the first step, which creates the optimizer's
     state, and steady ones. From the third micro-step of a step on nothing new happens, so `n_micro` are enough."""
-    items: list[Item] = [Mark("setup", "parameters"), *p.parameter_items, *p.batch, *p.evaluation]
+    evaluation = p.evaluation if run.eval_interval else []
+    items: list[Item] = [Mark("setup", "parameters"), *p.parameter_items, *p.batch, *evaluation]
     micro_steps = min(run.micro_steps, n_micro)
     for step in range(n_steps):
         items += p.fresh_micro if step else p.first_micro
