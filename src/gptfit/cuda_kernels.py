@@ -1,11 +1,13 @@
-"""Functions whose CUDA kernels allocate other tensors than the CPU's, in CUDA's form on any device.
+"""Functions as CUDA runs them, on any device: what autocast casts, and which tensors the kernels allocate.
 
-A function mode replaces them while a step is traced on fake CPU tensors. The ops put in their place are those
-that torch dispatches to on CUDA, with torch's own derivatives; only a fake tensor can run them on a CPU.
+A function mode stands between Python and torch while a step is traced on fake CPU tensors. The ops it puts
+in place are those that torch dispatches to on CUDA, with torch's own derivatives; only a fake tensor can run
+them on a CPU.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -14,13 +16,16 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from gptfit.cuda_autocast import LOWER_ON_BOTH, cast, target
 from gptfit.recorder import Recorder
 
 aten = torch.ops.aten
+ExcludeDispatchKeys: Any = torch._C._ExcludeDispatchKeyGuard
+AUTOCAST_CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
 
 
 class CudaKernels(TorchFunctionMode):
-    """Attention and dropout as on CUDA. Enter it before autocast, which is to see them first.
+    """Runs functions as on CUDA.
 
     It also tells `recorder` of tensors that such code has on the host: those that torch.tensor makes, unless
     it is given another tensor's device. Step counters of optimizers are such.
@@ -34,17 +39,26 @@ class CudaKernels(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
-            return attention(*args, **kwargs)
-        if func in (F.dropout, torch.dropout):
-            return dropout(*args, **kwargs)
-        if func is torch.tensor and kwargs.get("device") in (None, "cpu"):
-            self.recorder.making_on_host = True
-            try:
-                return func(*args, **kwargs)
-            finally:
-                self.recorder.making_on_host = False
-        return func(*args, **kwargs)
+        call: Any = KERNELS.get(func, func)
+        name = getattr(func, "__name__", "")
+        if not torch.is_autocast_enabled("cpu") or name in LOWER_ON_BOTH:
+            if func is torch.tensor and kwargs.get("device") in (None, "cpu"):
+                return self.make_on_host(*args, **kwargs)
+            return call(*args, **kwargs)
+        dtype = target(name, args, kwargs)
+        if dtype is None and isinstance(func, FunctionType) and call is func:
+            return func(*args, **kwargs)  # made of other functions in Python: the CPU's autocast is the best there is
+        with ExcludeDispatchKeys(AUTOCAST_CPU):
+            if dtype is None:
+                return call(*args, **kwargs)
+            return call(*(cast(arg, dtype) for arg in args), **{key: cast(arg, dtype) for key, arg in kwargs.items()})
+
+    def make_on_host(self, *args: Any, **kwargs: Any) -> Tensor:
+        self.recorder.making_on_host = True
+        try:
+            return torch.tensor(*args, **kwargs)
+        finally:
+            self.recorder.making_on_host = False
 
     @contextmanager
     def in_backward(self) -> Iterator[None]:
@@ -110,3 +124,35 @@ def padded(x: Tensor, multiple: int) -> Tensor:
     """`x` with its last dimension filled up with zeros, a copy, unless it is a multiple already."""
     missing = -x.shape[-1] % multiple
     return F.pad(x, (0, missing)) if missing else x
+
+
+def rms_norm(input: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+    """at::rms_norm on CUDA is one kernel, unless dtypes differ (aten/src/ATen/native/layer_norm.cpp)."""
+    if weight is not None and weight.dtype != input.dtype:
+        return F.rms_norm(input, normalized_shape, weight, eps)
+    return FusedRMSNorm.apply(input, weight, len(normalized_shape))  # pyright: ignore[reportReturnType]
+
+
+class FusedRMSNorm(torch.autograd.Function):
+    """Allocates what CUDA's _fused_rms_norm and its backward do, and computes nothing. Keeps input and fp32 rstd."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, n_dims: int) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        y = torch.empty_like(x)
+        rstd = x.new_empty((*x.shape[: x.dim() - n_dims], *(1,) * n_dims), dtype=torch.float32)
+        ctx.save_for_backward(x, weight, rstd)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, weight, _ = ctx.saved_tensors
+        return torch.empty_like(x), None if weight is None else torch.empty_like(weight), None
+
+
+KERNELS: dict[Any, Callable[..., Tensor]] = {
+    F.scaled_dot_product_attention: attention,
+    F.dropout: dropout,
+    torch.dropout: dropout,
+    F.rms_norm: rms_norm,
+    torch.rms_norm: rms_norm,
+}

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from gptfit.errors import GptfitError
 from gptfit.memory.tape import Buffer, Event, Item, Mark, rounded
 
 aten = torch.ops.aten
@@ -31,8 +32,6 @@ class Allocation:
     shape: tuple[int, ...]
     dtype: str
     n_bytes: int
-    phase: str
-    in_recompute: bool = False
 
 
 @dataclass(slots=True)
@@ -84,7 +83,7 @@ class Recorder(TorchDispatchMode):
         self.place(func, args, node)
         if node is not None and accumulates(func, args) and self.held_alone(args[0], args[1]):
             return aten.add_.Tensor(*args)
-        out = func(*args, **kwargs)
+        out = as_cuda_gives(func, func(*args, **kwargs))
         on_host = self.making_on_host or (bool(self.host) and self.all_on_host(args))
         for tensor in tensors_in(out):
             self.see(tensor, on_host)
@@ -101,20 +100,35 @@ class Recorder(TorchDispatchMode):
         """Learns how many references a gradient has that the engine alone holds; it depends on the version."""
         x = torch.empty(1, requires_grad=True) * 1.0
         (x * 1.0 + x * 1.0).backward()
+        del x
+        self.phase, self._mark = "setup", None
+        self.notes.clear()
+        self.places.clear()
 
-    def begin_forward(self, targets: Tensor | None = None) -> None:
-        """A forward starts; the loss begins where `targets` are first read."""
+    def begin_forward(self, inputs: tuple[Tensor, ...]) -> None:
+        """A forward starts. The loss begins where the last of several inputs, the targets, is first read."""
         self.phase = "forward"
-        self.targets = None if targets is None else self.key(targets)
+        self.targets = self.key(inputs[-1]) if len(inputs) > 1 else None
 
-    def scalar(self, tensor: Tensor) -> Any:
-        """Stands for `.item()`: the programs that gptfit traces read only losses and step counters."""
+    def scalar(self, tensor: Tensor) -> float | int:
+        """Stands for `.item()` where an optimizer reads its step counter on the host.
+
+        Raises GptfitError elsewhere: a branch or a shape would depend on it.
+        """
+        if self.phase != "optimizer":
+            raise GptfitError(
+                f"cannot trace .item() or a branch on a tensor{self.here()}: a trace has no values",
+                "write the step so that shapes and branches do not depend on tensor values",
+            )
         return 1.0 if tensor.is_floating_point() else 1
+
+    def here(self) -> str:
+        return f" in {self.path[-1]}" if self.path and self.path[-1] else ""
 
     def place(self, func: Any, args: tuple[Any, ...], node: Any) -> None:
         """Works out where in the model this op is, and writes a mark if that is another place than before."""
         op = func.name().split("::")[1].split(".")[0]
-        if node is not None:
+        if node is not None and not self.path:  # with a module running it is a checkpoint's forward, run again
             path, phase = self.places.get(node._sequence_nr(), ("", ""))
             if phase:
                 self.phase = "loss backward" if phase == "loss" else "backward"
@@ -127,8 +141,9 @@ class Recorder(TorchDispatchMode):
                 and any(self.key(arg) == self.targets for arg in args if isinstance(arg, Tensor))
             ):
                 self.phase = "loss"
-            path = self.path[-1] if self.path else ""
-            self.places[torch._C._autograd._get_sequence_nr() - 1] = (path, self.phase)
+            path = next((name for name in reversed(self.path) if name), "")
+            number = torch._C._autograd._get_sequence_nr()  # pyright: ignore[reportAttributeAccessIssue]
+            self.places[number - 1] = (path, self.phase)
             op = f"{path}: {op}" if path else op
         mark = Mark(self.phase, op)
         if mark != self._mark:
@@ -146,6 +161,11 @@ class Recorder(TorchDispatchMode):
 
     def see(self, tensor: Tensor, on_host: bool = False) -> Allocation | None:
         """Takes note of the storage of `tensor` if it is new, and returns what is known about it."""
+        if tensor.device.type != "cpu":
+            raise GptfitError(
+                f"cannot trace a tensor made on {tensor.device}{self.here()}: a trace runs on the device of its inputs",
+                "make tensors on the device of another one: device=x.device",
+            )
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self.alive:
@@ -166,7 +186,6 @@ class Recorder(TorchDispatchMode):
             shape=tuple(tensor.shape),
             dtype=str(tensor.dtype).removeprefix("torch."),
             n_bytes=n_bytes,
-            phase=self.phase,
         )
         self.alive[key] = allocation
         self._references[key] = weakref.ref(storage, lambda _: self.gone(key))
@@ -242,12 +261,23 @@ class Recorder(TorchDispatchMode):
         namer = Namer()
         items: list[Item] = [Mark("setup", "alive before")]
         items += [Event(1, namer.begin(allocation)) for allocation in before.values()]
-        for note in self.notes[start:stop]:
-            if note.mark is not None:
-                items.append(note.mark)
-            elif note.allocation is not None:
-                make = namer.begin if note.sign > 0 else namer.end
-                items.append(Event(note.sign, make(note.allocation)))
+        ends: list[Event] = []
+        mark: Mark | None = None
+        for note in [*self.notes[start:stop], Note(0)]:
+            if note.sign < 0 and note.allocation is not None:
+                ends.append(Event(-1, namer.end(note.allocation)))
+                continue
+            if mark is not None and (ends or note.sign > 0):  # a place where nothing happens is left out
+                items.append(mark)
+                mark = None
+            # What is let go at one place goes in the order in which it came: torch's own order is at times that
+            # of a hash of addresses, another one in each run.
+            items += sorted(ends, key=lambda event: namer.order[event.buffer.name])
+            ends = []
+            if note.allocation is not None:
+                items.append(Event(1, namer.begin(note.allocation)))
+            else:
+                mark = note.mark
         return items
 
 
@@ -257,6 +287,8 @@ class Namer:
     def __init__(self) -> None:
         self.taken: set[str] = set()
         self.buffers: dict[int, Buffer] = {}
+        self.order: dict[str, int] = {}  # of the last allocation of that name
+        self.count = 0
 
     def begin(self, allocation: Allocation) -> Buffer:
         name, n = allocation.name.replace("*", ""), 1
@@ -264,6 +296,8 @@ class Namer:
             n += 1
             name = f"{allocation.name} #{n}"
         self.taken.add(name)
+        self.count += 1
+        self.order[name] = self.count
         buffer = Buffer(name, allocation.category, allocation.shape, allocation.dtype, allocation.n_bytes)
         self.buffers[id(allocation)] = buffer
         return buffer
@@ -280,6 +314,13 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, list | tuple):
         for part in value:
             yield from tensors_in(part)
+
+
+def as_cuda_gives(func: Any, out: Any) -> Any:
+    """`out` in the dtypes that CUDA's kernel has, where they differ: layer_norm's statistics are in fp32 there."""
+    if func is aten.native_layer_norm.default and out[1].dtype in (torch.bfloat16, torch.float16):
+        return out[0], out[1].float(), out[2].float()
+    return out
 
 
 def accumulates(func: Any, args: tuple[Any, ...]) -> bool:

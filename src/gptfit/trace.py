@@ -8,24 +8,28 @@ not a tensor and is not in the tape.
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    UnsupportedOperatorException,
+)
 
 from gptfit.config import RunConfig
-from gptfit.cuda_autocast import CudaAutocast
 from gptfit.cuda_kernels import CudaKernels
 from gptfit.device import DTYPES
 from gptfit.errors import GptfitError
 from gptfit.memory.tape import Buffer, Peak, Tape, rounded
 from gptfit.model import GPT
 from gptfit.nanogpt_reference import NanoGPT
-from gptfit.optim import Stepper, build_optimizer
-from gptfit.recorder import Recorder
+from gptfit.optim import build_optimizer
+from gptfit.recorder import Recorder, tensors_in
 
 # From the third micro-step of a step on nothing new happens: gradients are there, and the same tensors come and go.
 MAX_MICRO_STEPS = 3
@@ -62,13 +66,14 @@ class Traced:
 
 @dataclass(slots=True)
 class Job:
-    """What to trace: `step` runs one optimizer step of `model`, `forward` alone the part that saves for backward."""
+    """What to trace. `step` runs one optimizer step of `model`, `evaluate` one forward without gradients, `forward`
+    alone the part of a micro-step that saves for backward; `inputs` gives the batch that it reads."""
 
     model: nn.Module
-    optimizer: Stepper | None
     step: Callable[[], None]
     forward: Callable[[], Any]
-    inputs: Callable[[], tuple[Tensor, ...]] = field(default=tuple)
+    evaluate: Callable[[], Any]
+    inputs: Callable[[], tuple[Tensor, ...]]
 
 
 @contextmanager
@@ -84,11 +89,14 @@ def as_on_cuda(recorder: Recorder) -> Iterator[None]:
         yield
 
 
-def trace_step(make: Callable[[Recorder], Job], steps: int = 2, logits: tuple[int, int] | None = None) -> Traced:
-    """Runs `steps` optimizer steps of the job that `make` builds, and returns the tape of the last one.
+def trace_step(
+    make: Callable[[Recorder], Job], steps: int = 2, logits: tuple[int, int] | None = None, evaluation: bool = False
+) -> Traced:
+    """Runs `steps` optimizer steps of the job that `make` builds, and returns the tape of the last one, or, if
+    `evaluation`, that of an evaluation after them.
 
     `make` is called on fake tensors, so that its model takes no memory. `logits` (vocab_size, number of elements)
-    tells logits-sized tensors from other ones.
+    tells logits from other tensors.
     Raises GptfitError where the code cannot run on tensors without values.
     """
     recorder = Recorder(logits)
@@ -99,21 +107,18 @@ def trace_step(make: Callable[[Recorder], Job], steps: int = 2, logits: tuple[in
         for _ in range(steps):
             start = len(recorder.notes)
             job.step()
+        if evaluation:
+            start = len(recorder.notes)
+            job.evaluate()
         stop = len(recorder.notes)
         saved_bytes = saved_for_backward(job)
-    parameters = tuple((name, tuple(parameter.shape)) for name, parameter in job.model.named_parameters())
+        parameters = tuple((name, tuple(parameter.shape)) for name, parameter in job.model.named_parameters())
     return Traced(Tape(recorder.items(start, stop)), saved_bytes, parameters)
 
 
 @contextmanager
 def explained() -> Iterator[None]:
     """Turns what fake tensors refuse into one line that says which op it is, and what to do."""
-    from torch._subclasses.fake_tensor import (
-        DataDependentOutputException,
-        DynamicOutputShapeException,
-        UnsupportedOperatorException,
-    )
-
     try:
         yield
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
@@ -143,15 +148,62 @@ def saved_for_backward(job: Job) -> int:
     return sum(n_bytes for key, n_bytes in sizes.items() if key not in known)
 
 
-def trace_program(run: RunConfig, program: str = "gptfit", steps: int = 2) -> Traced:
-    """The steady step of `run` as that program's code runs it: the ground truth for its estimate.
+def trace_program(run: RunConfig, program: str = "gptfit", steps: int = 2, evaluation: bool = False) -> Traced:
+    """The steady step of `run`, or an evaluation between steps, as that program's code runs it: the ground truth for
+    its estimate.
 
     Raises GptfitError for an unknown program.
     """
     if program not in JOBS:
         raise GptfitError(f'unknown program "{program}"', f"programs are {', '.join(JOBS)}")
-    logits = (run.vocab_size, run.batch_size * run.block_size * run.vocab_size)
-    return trace_step(lambda recorder: JOBS[program](run, recorder), steps, logits)
+    batch_size = run.eval_batch_size if evaluation else run.batch_size
+    logits = (run.vocab_size, batch_size * run.block_size * run.vocab_size)
+    return trace_step(lambda recorder: JOBS[program](run, recorder), steps, logits, evaluation)
+
+
+def trace_module(
+    make: Callable[[], nn.Module],
+    batch: Callable[[], tuple[Tensor, ...]],
+    run: RunConfig,
+    loss_of: Callable[[Any], Tensor] | None = None,
+    steps: int = 2,
+) -> Traced:
+    """The steady step of any module: `make` builds it, `batch` its inputs; `run` says the autocast dtype, the
+    optimizer, clipping and accumulation (its model keys are not read).
+
+    `loss_of` takes the module's output; by default the loss is the output itself, its `loss`, or the scalar in it.
+    The output stays alive until the next micro-step's is there, as in a loop that assigns it to a variable.
+    Raises GptfitError where the module cannot run on tensors without values.
+    """
+    take = loss_of or find_loss
+
+    def forward(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Any, Tensor]:
+        output = model(*inputs)
+        return output, take(output)
+
+    def job(recorder: Recorder) -> Job:
+        def labelled() -> tuple[Tensor, ...]:
+            inputs = batch()
+            for index, tensor in enumerate(inputs):
+                recorder.label(tensor, f"input {index}", "buffer")
+            return inputs
+
+        return training_job(run, recorder, make(), forward, labelled, autocast_of(run))
+
+    return trace_step(job, steps)
+
+
+def find_loss(output: Any) -> Tensor:
+    """The scalar tensor in a module's output.
+
+    Raises GptfitError if there is none.
+    """
+    if hasattr(output, "loss"):
+        output = output.loss
+    for tensor in tensors_in(list(output.values()) if isinstance(output, dict) else output):
+        if tensor.numel() == 1 and tensor.requires_grad:
+            return tensor
+    raise GptfitError("the module returns no scalar to differentiate", "give loss_of, which makes a loss of its output")
 
 
 class FakeScaler(torch.amp.GradScaler):
@@ -161,85 +213,94 @@ class FakeScaler(torch.amp.GradScaler):
         optimizer.step(*args, **kwargs)
 
 
-def nanogpt_job(run: RunConfig, recorder: Recorder) -> Job:
-    """nanoGPT's train.py: the next batch is fetched between forward and backward; `logits` and `loss` live on
-    until the next micro-step assigns them."""
-    model = NanoGPT(run)
-    optimizer = build_optimizer(model, run)
+def training_job(
+    run: RunConfig,
+    recorder: Recorder,
+    model: nn.Module,
+    forward: Callable[[nn.Module, tuple[Tensor, ...]], tuple[Any, Tensor]],
+    batch: Callable[[], tuple[Tensor, ...]],
+    autocast: AbstractContextManager[Any],
+) -> Job:
+    """The loop of nanoGPT's train.py: the next batch is fetched between forward and backward; what `forward` returns
+    beside the loss lives on until the next micro-step assigns it."""
+    optimizer: Any = build_optimizer(model, run)
     scaler = FakeScaler("cpu", enabled=run.dtype == "float16")
-    autocast = CudaAutocast(DTYPES[run.dtype]) if run.dtype != "float32" else nullcontext()
-    micro_steps = min(run.micro_steps, MAX_MICRO_STEPS)
-    X, Y = get_batch(run, recorder)
-    logits = loss = None
+    inputs = batch()
+    held = loss = None
 
-    def step() -> None:
-        nonlocal X, Y, logits, loss
-        for _ in range(micro_steps):
-            recorder.begin_forward(Y)
-            with autocast:
-                logits, loss = model(X, Y)
-                loss = loss / run.micro_steps
-            X, Y = get_batch(run, recorder)
-            recorder.phase = "backward"
-            scaler.scale(loss).backward()
-            recorder.label_gradients(model)
-        recorder.phase = "optimizer"
-        if run.grad_clip:
-            scaler.unscale_(optimizer)  # pyright: ignore[reportArgumentType]
-            nn.utils.clip_grad_norm_(model.parameters(), run.grad_clip, foreach=True)
-        scaler.step(optimizer)  # pyright: ignore[reportArgumentType]
-        scaler.update()
-        recorder.label_state(model, optimizer)
-        optimizer.zero_grad(set_to_none=True)
-
-    def forward() -> Any:
-        recorder.begin_forward(Y)
+    def run_forward() -> tuple[Any, Tensor]:
+        recorder.begin_forward(inputs)
         with autocast:
-            return model(X, Y)
-
-    return Job(model, optimizer, step, forward, lambda: (X, Y))
-
-
-def gptfit_job(run: RunConfig, recorder: Recorder) -> Job:
-    """gptfit's own step: the loss alone is returned."""
-    model = GPT(run)
-    optimizer = build_optimizer(model, run)
-    scaler = FakeScaler("cpu", enabled=run.dtype == "float16")
-    micro_steps = min(run.micro_steps, MAX_MICRO_STEPS)
-    X, Y = get_batch(run, recorder)
+            return forward(model, inputs)
 
     def step() -> None:
-        nonlocal X, Y
-        for _ in range(micro_steps):
-            recorder.begin_forward(Y)
-            loss = model(X, Y) / run.micro_steps
-            X, Y = get_batch(run, recorder)
+        nonlocal inputs, held, loss
+        for _ in range(min(run.micro_steps, MAX_MICRO_STEPS)):
+            recorder.begin_forward(inputs)
+            with autocast:
+                held, loss = forward(model, inputs)
+                loss = loss / run.micro_steps
+            inputs = batch()
             recorder.phase = "backward"
             scaler.scale(loss).backward()
             recorder.label_gradients(model)
         recorder.phase = "optimizer"
         if run.grad_clip:
-            scaler.unscale_(optimizer)  # pyright: ignore[reportArgumentType]
+            scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_(model.parameters(), run.grad_clip, foreach=True)
-        scaler.step(optimizer)  # pyright: ignore[reportArgumentType]
+        scaler.step(optimizer)
         scaler.update()
         recorder.label_state(model, optimizer)
         optimizer.zero_grad(set_to_none=True)
 
-    def forward() -> Any:
-        recorder.begin_forward(Y)
-        return model(X, Y)
+    @torch.no_grad()
+    def evaluate() -> None:
+        nonlocal held, loss
+        recorder.phase = "evaluation"
+        model.eval()
+        with autocast:
+            held, loss = forward(model, batch())
+        model.train()
 
-    return Job(model, optimizer, step, forward, lambda: (X, Y))
+    return Job(model, step, run_forward, evaluate, lambda: inputs)
+
+
+def autocast_of(run: RunConfig) -> AbstractContextManager[Any]:
+    """Autocast to the run's dtype; the CPU's, which cuda_kernels.py makes CUDA's."""
+    return torch.autocast("cpu", DTYPES[run.dtype]) if run.dtype != "float32" else nullcontext()
 
 
 def get_batch(run: RunConfig, recorder: Recorder) -> tuple[Tensor, Tensor]:
     """Inputs and targets [B, T] int64, as they arrive on the device."""
-    shape = (run.batch_size, run.block_size)
-    x, y = (torch.empty(shape, dtype=torch.int64, device="cpu") for _ in range(2))
+    size = run.eval_batch_size if recorder.phase == "evaluation" else run.batch_size
+    x, y = (torch.empty(size, run.block_size, dtype=torch.int64) for _ in range(2))
     recorder.label(x, "X", "buffer")
     recorder.label(y, "Y", "buffer")
     return x, y
+
+
+def nanogpt_job(run: RunConfig, recorder: Recorder) -> Job:
+    """nanoGPT's model returns logits and loss, and its loop holds on to both."""
+    return training_job(
+        run,
+        recorder,
+        NanoGPT(run),
+        lambda model, inputs: model(*inputs),
+        lambda: get_batch(run, recorder),
+        autocast_of(run),
+    )
+
+
+def gptfit_job(run: RunConfig, recorder: Recorder) -> Job:
+    """gptfit's model returns the loss alone, and casts by itself."""
+    return training_job(
+        run,
+        recorder,
+        GPT(run),
+        lambda model, inputs: (None, model(*inputs)),
+        lambda: get_batch(run, recorder),
+        nullcontext(),
+    )
 
 
 JOBS: dict[str, Callable[[RunConfig, Recorder], Job]] = {"nanogpt": nanogpt_job, "gptfit": gptfit_job}
