@@ -153,8 +153,11 @@ class CausalSelfAttention(nn.Module):
             q, k = rotate(q, tables.cos_TD, tables.sin_TD), rotate(k, tables.cos_TD, tables.sin_TD)
         p = config.dropout if self.training else 0.0
         if tables.future_TT is None:
-            grouped = config.n_kv_head != config.n_head
-            y_BHTD = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True, enable_gqa=grouped)
+            groups = config.n_head // config.n_kv_head
+            if groups > 1 and q.dtype == torch.float32:
+                # CUDA's only fused kernel for fp32 knows no groups, and writing the scores out would cost B·H·T·T.
+                k, v, groups = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1), 1
+            y_BHTD = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True, enable_gqa=groups > 1)
         else:
             y_BHTD = math_attention(q, k, v, tables.future_TT, p)
         y_BTC = self.c_proj(y_BHTD.transpose(1, 2).flatten(2))

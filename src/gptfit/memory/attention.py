@@ -78,6 +78,19 @@ def rotate(w: Writer, x: Tensor, name: str) -> Tensor:
     return out
 
 
+def repeat_heads(w: Writer, x: Tensor, n_head: int, name: str) -> Tensor:
+    """k or v of grouped heads, each repeated for its group: a copy, whose gradient is summed over the group."""
+    b, n_kv_head, t, head_size = x.shape
+    dtype, shape = x.dtype, x.shape
+    y = w.empty(f"{name} repeated", "activation", (b, n_head, t, head_size), dtype)
+
+    def backward(grad: Tensor, saved: Saved) -> list[Tensor]:
+        return [w.empty(f"{name} gradient by head", "temporary", shape, dtype)]
+
+    y.node = w.record(f"{name} repeat", (x.node,), (), backward)
+    return y
+
+
 def flash_attention(w: Writer, heads: Heads, name: str) -> Tensor:
     """Causal attention, [b, t, n_embd]. Saves q, k, v, the output and the fp32 log-sum-exp of each row;
     backward makes the gradients of q, k and v.
@@ -87,6 +100,8 @@ def flash_attention(w: Writer, heads: Heads, name: str) -> Tensor:
     q, k, v = heads.q, heads.k, heads.v
     b, n_head, t, head_size = q.shape
     dtype = q.dtype
+    if k.shape[1] != n_head and dtype == "float32":  # the fp32 kernel knows no groups (model.py)
+        k, v = repeat_heads(w, k, n_head, f"{name} k"), repeat_heads(w, v, n_head, f"{name} v")
     shapes = (q.shape, k.shape, v.shape)
     labels = tuple("by head" if heads.by_head and part in "qk" else "by token" for part in "qkv")
     out = w.empty(name, "activation", (b, t, n_head * head_size), dtype)
@@ -111,7 +126,8 @@ def flash_attention(w: Writer, heads: Heads, name: str) -> Tensor:
     kept = (q.storage, k.storage, v.storage, out.storage, lse.storage, seed.storage, offset.storage)
     storages = {id(storage): storage for storage in kept}
     out.node = w.record(name, (q.node, k.node, v.node), tuple(storages.values()), backward)
-    return join_heads(w, out, n_head, name) if heads.by_head else out
+    # The fp32 kernel's output lies by token, whatever its inputs do; flash-attention's lies as q does.
+    return join_heads(w, out, n_head, name) if heads.by_head and dtype != "float32" else out
 
 
 def join_heads(w: Writer, x: Tensor, n_head: int, name: str) -> Tensor:

@@ -41,7 +41,7 @@ class Ours(Program):
     def attention(self, x: Tensor) -> Tensor:
         w, run = self.w, self.run
         qkv = call(self.linear, x, "h.*.attn.c_attn", run.n_embd + 2 * run.n_kv_head * run.head_size)
-        made_anew = run.position == "rope" or run.attention == "math"
+        made_anew = run.position == "rope" or run.attention == "math" or run.n_kv_head != run.n_head
         heads = split_heads(w, qkv, run.n_head, run.n_kv_head, run.head_size, copies=made_anew)
         if run.qk_norm:
             q = rms_norm(self, heads.q, None, "h.*.attn.q normed")
