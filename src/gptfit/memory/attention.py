@@ -80,7 +80,7 @@ def rotate(w: Writer, x: Tensor, name: str) -> Tensor:
 
 def repeat_heads(w: Writer, x: Tensor, n_head: int, name: str) -> Tensor:
     """k or v of grouped heads, each repeated for its group: a copy, whose gradient is summed over the group."""
-    b, n_kv_head, t, head_size = x.shape
+    b, _, t, head_size = x.shape
     dtype, shape = x.dtype, x.shape
     y = w.empty(f"{name} repeated", "activation", (b, n_head, t, head_size), dtype)
 

@@ -63,11 +63,13 @@ class Node:
 
 
 class Tensor:
-    """A shape and a dtype on a storage; views share the storage. `node` is its place in the graph."""
+    """A shape and a dtype on a storage; views share the storage. `node` is its place in the graph.
+    `is_view` is set on gradients that are views, whose base holds their storage as well."""
 
-    __slots__ = ("dtype", "node", "shape", "storage")
+    __slots__ = ("dtype", "is_view", "node", "shape", "storage")
 
     def __init__(self, storage: Storage, shape: Shape, dtype: str, node: Node | None = None) -> None:
+        self.is_view = False
         self.storage = storage
         self.shape = shape
         self.dtype = dtype
@@ -212,14 +214,17 @@ class Writer:
         self.shift = 0
 
     def _deliver(self, target: Node, result: Tensor, grads: dict[Node, Tensor]) -> None:
-        """Adds `result` to what has arrived for `target`: in place, as torch does where it holds the only
-        reference (autograd/input_buffer.cpp, can_accumulate_inplace), so nothing is written."""
+        """Adds `result` to what has arrived for `target`: in place where the engine holds the only reference
+        (autograd/input_buffer.cpp, can_accumulate_inplace), else into a new tensor."""
         if target.joins:
             bundle = grads.setdefault(target, Bundle())
             assert isinstance(bundle, Bundle)
             bundle.parts.append(result)
+        elif target in grads:
+            if grads[target].is_view:
+                grads[target] = self.empty("gradient sum", "temporary", result.shape, result.dtype)
         else:
-            grads.setdefault(target, result)
+            grads[target] = result
         if target.param is not None:
             target.awaited -= 1
             if target.awaited == 0:
