@@ -13,7 +13,6 @@ from gptfit.memory.tape import Buffer, Event, Item, Loop, Mark, Tape, make_buffe
 
 PROGRAMS: dict[str, type[Program]] = {"nanogpt": NanoGPT, "gptfit": Ours}
 LOSS = make_buffer("loss", "activation", (), "float32")
-SCALER = tuple(make_buffer(f"GradScaler {name}", "buffer", (), "float32") for name in ("scale", "growth tracker"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,14 +51,12 @@ def micro_step(w: Writer, program: Program, kept: bool) -> tuple[list[Item], int
     loss = ops.scale(w, loss, LOSS.name)
     x, y = (w.empty(*buffer[:4]) for buffer in batch_buffers(run))
     w.mark("loss", "loss backward")
-    scaled = ops.scale(w, loss, "loss times scale") if run.dtype == "float16" else loss  # what GradScaler makes
-    root = scaled.node
+    root = loss.node  # GradScaler's scale, its tracker and the scaled loss are left out: three scalars, 1.5 KiB
     assert root is not None
     program.head_nodes += collect(w)
     grads = {root: w.empty("loss gradient", "temporary", (), "float32")}
     del root
     program.backward(grads)
-    del scaled
     for tensor in (*returned, loss, x, y):
         tensor.storage.forget()
     return [Event(1, tensor.storage.buffer) for tensor in (*returned, loss)], saved_bytes
@@ -116,7 +113,7 @@ def pieces(run: RunConfig, program: str, whole: bool = True, kernels: bool = Fal
         zero_grad=optimizers.gradient_items(params, n_layer, -1),
         parameter_items=[
             *optimizers.parameter_items(params, n_layer),
-            *(Event(1, buffer) for buffer in (*twin.buffers(), *(SCALER if run.dtype == "float16" else ()))),
+            *(Event(1, table) for table in twin.buffers()),
         ],
         kept=kept,
         evaluation=evaluation(Writer(run.n_layer), program, run) if whole else [],
