@@ -1,0 +1,136 @@
+"""What the commands share on the command line: their options, and the words that are CONFIG and KEY=VALUE."""
+
+import os
+import shlex
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from gptfit.errors import GptfitError, nearest
+
+if TYPE_CHECKING:
+    from gptfit.door import ConfigSource
+
+# nanoGPT's users type --batch_size=8, so what looks like an option may be a key: unknown ones come here as words.
+WORDS = {"ignore_unknown_options": True}
+
+# typer wraps the name in brackets and adds dots: [CONFIG] [KEY=VALUE]...
+Words = Annotated[list[str] | None, typer.Argument(metavar="CONFIG] [KEY=VALUE", hidden=True)]
+Gpu = Annotated[
+    str | None,
+    typer.Option(
+        "--gpu", metavar="NAME", help="The card, as in `gptfit gpus`; auto asks the driver.", show_default=False
+    ),
+]
+Reserve = Annotated[
+    str | None,
+    typer.Option("--reserve", metavar="SIZE", help="What others hold on the card, as 1.5GiB.", show_default=False),
+]
+Program = Annotated[
+    str | None,
+    typer.Option("--program", metavar="NAME", help="Whose code runs the step: gptfit or nanogpt.", show_default=False),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say more: ignored keys, assumptions.")]
+Config = Annotated[
+    str | None, typer.Option("--config", metavar="CONFIG", help="The config of that run.", show_default=False)
+]
+Out = Annotated[str, typer.Option("--out", metavar="DIR", help="The run's folder.")]
+TokensPerStep = Annotated[
+    int | None,
+    typer.Option("--tokens-per-step", metavar="N", min=1, help="Tokens of one optimizer step.", show_default=False),
+]
+Allow = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--allow", metavar="LEVER", help="Let it change numerics, as adamw8bit. Repeatable.", show_default=False
+    ),
+]
+Keep = Annotated[
+    list[str] | None,
+    typer.Option("--keep", metavar="KEY", help="Leave this key as it is. Repeatable.", show_default=False),
+]
+Save = Annotated[
+    str | None, typer.Option("--save", metavar="FILE", help="Write the run, for gptfit train.", show_default=False)
+]
+Capacity = Annotated[
+    str | None, typer.Option("--capacity", metavar="SIZE", help="What the card has, as 11.5GiB.", show_default=False)
+]
+Expandable = Annotated[
+    bool | None,
+    typer.Option(
+        "--expandable-segments/--no-expandable-segments", help="As recorded, if not given.", show_default=False
+    ),
+]
+Device = Annotated[
+    str,
+    typer.Option("--device", metavar="NAME", help="cuda, cuda:1 or cpu; the best if not given.", show_default=False),
+]
+
+PROGRAMS = ("gptfit", "nanogpt")
+
+
+def split_words(context: typer.Context, words: Sequence[str] | None) -> tuple[str | None, list[str]]:
+    """CONFIG (None if absent) and the overrides among `words`.
+
+    Raises GptfitError for a second CONFIG and for an option that the command does not have.
+    """
+    config: str | None = None
+    overrides: list[str] = []
+    for word in words or ():
+        if word.startswith("-") and word != "-":
+            _check_option(context, word)
+        if "=" in word and (config is not None or not os.path.lexists(word)):
+            overrides.append(word)
+        elif config is None:
+            config = word
+        else:
+            raise GptfitError(
+                f'unexpected "{word[:60]}" after the config "{config[:60]}"', "changes are written as KEY=VALUE"
+            )
+    return config, overrides
+
+
+def _check_option(context: typer.Context, word: str) -> None:
+    """Raises GptfitError unless `word` is --KEY=VALUE with a key that could be a config's."""
+    from gptfit.config import KEYS
+    from gptfit.nanogpt_file import is_harmless
+
+    name, equals, _ = word.partition("=")
+    key = name.removeprefix("--").replace("-", "_")
+    is_key = key in KEYS or is_harmless(key)
+    if is_key and equals and name.startswith("--"):
+        return
+    if is_key:
+        raise GptfitError(f"{name} has no value", f"write it as {key}=VALUE, or --{key}=VALUE")
+    options = [
+        option for parameter in context.command.params for option in (*parameter.opts, *parameter.secondary_opts)
+    ]
+    known = [option for option in options if option.startswith("--")] + [f"--{key}" for key in KEYS]
+    raise GptfitError(f'unknown option "{name[:60]}"{nearest(name[:60], known)}', f"see: {context.command_path} --help")
+
+
+def read_source(context: typer.Context, words: Sequence[str] | None) -> "ConfigSource":
+    """The run that the words of a command line describe."""
+    from gptfit.door import read_config
+
+    return read_config(*split_words(context, words))
+
+
+def program_of(program: str | None, source: "ConfigSource | None" = None) -> str:
+    """The program asked for, or the one that the config is written for.
+
+    Raises GptfitError for a name that is none.
+    """
+    if program is None:
+        return source.program if source is not None else "gptfit"
+    if program not in PROGRAMS:
+        raise GptfitError(f'unknown program "{program[:60]}"{nearest(program[:60], PROGRAMS)}', "gptfit or nanogpt")
+    return program
+
+
+def typed(command: str, words: Sequence[str] | None) -> str:
+    """The command line as it can be typed again: `gptfit train gpt2 batch_size=8`, or the words alone."""
+    start = ["gptfit", command] if command else []
+    return shlex.join([*start, *(words or ())])

@@ -1,0 +1,131 @@
+"""A plan at the terminal: the best run that fits, what it changes, and what each single change would do."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from rich.console import RenderableType
+from rich.text import Text
+
+from gptfit.estimate import Estimate
+from gptfit.levers import LeverEffect
+from gptfit.plan import Plan
+from gptfit.report.terminal import (
+    QUIET,
+    commands,
+    headline,
+    live_rows,
+    margin_text,
+    memory_rows,
+    run_text,
+    speed_text,
+    table,
+    title,
+)
+from gptfit.units import format_bytes, format_mib
+
+MAX_CANDIDATES = 5
+
+# What nanoGPT's train.py takes on its command line, of what a lever changes.
+NANOGPT_KEYS = {"batch_size", "gradient_accumulation_steps", "compile", "dtype", "block_size"}
+
+
+def plan_view(plan: Plan, asked: str, saved: str | None = None, verbose: bool = False) -> Iterator[RenderableType]:
+    """The best run that fits, what it changes, the runners-up, and what each single change would do.
+
+    `asked` is the CONFIG and the overrides as typed, `saved` the file that the choice was written to.
+    """
+    best, given = plan.estimate, plan.as_given
+    if best is None:
+        yield headline("does_not_fit", f"no run of this model fits {plan.budget.name}")
+    else:
+        yield headline("fits", margin_text(best))
+        yield Text(run_text(best))
+        if best.speed is not None:
+            yield Text(f"{speed_text(best.speed)}.")
+    if given is not None:
+        word = "fits" if given.verdict == "fits" else "does not fit"
+        yield Text(f"\nAs given, under {given.program}'s code, it {word}: {margin_text(given)}.")
+        yield Text(f"Its peak is in {given.phase} ({given.op}); the largest of what is alive then:")
+        yield live_rows(given, 3)
+    if best is not None:
+        if given is not None:
+            yield Text("")
+            yield changed_rows(given, best)
+        yield title("Memory at the peak of the choice")
+        yield memory_rows(best)
+    yield from candidates_view(plan)
+    yield from levers_view(plan.levers, verbose)
+    yield from (Text(f"note: {note}", style=QUIET) for note in plan.notes)
+    yield from commands(next_lines(plan, asked, saved))
+
+
+def changed_rows(given: Estimate, best: Estimate) -> RenderableType:
+    """Keys in which the choice differs from the run as given."""
+    rows = [
+        (key, f"{given.config.get(key)}", "→", f"{value}")
+        for key, value in best.config.items()
+        if given.config.get(key) != value
+    ]
+    if given.program != best.program:
+        rows.insert(0, ("code", given.program, "→", best.program))
+    return table(("changed", "as given", "", "chosen"), rows) if rows else Text("The run as given is the choice.")
+
+
+def candidates_view(plan: Plan) -> Iterator[RenderableType]:
+    """The best choices beside one another; keys in which they agree are left out."""
+    shown = plan.candidates[:MAX_CANDIDATES]
+    if len(shown) < 2:
+        return
+    keys = [key for key in shown[0].choice if any(other.choice.get(key) != shown[0].choice[key] for other in shown)]
+    rows = [
+        (
+            *(f"{candidate.choice.get(key)}" for key in keys),
+            format_bytes(candidate.reserved_bytes),
+            f"{candidate.speed.tokens_per_second:,.0f}",
+        )
+        for candidate in shown
+    ]
+    yield title(f"The best of {plan.n_searched:,} that were searched")
+    yield table((*keys, "reserved", "tokens/s"), rows, right=(*keys, "reserved", "tokens/s"))
+
+
+def levers_view(levers: Sequence[LeverEffect], verbose: bool) -> Iterator[RenderableType]:
+    """What each single change would do to the run as given."""
+    if not levers:
+        return
+    yield title("Single changes to the run as given, each by estimating again")
+    rows = [
+        (
+            change_text(lever.change) + (" *" if lever.changes_numerics else ""),
+            delta_text(lever.delta_bytes),
+            "" if lever.delta_seconds_pct is None else f"{lever.delta_seconds_pct:+.0f} %",
+            "fits" if lever.fits else "",
+            *((lever.why,) if verbose else ()),
+        )
+        for lever in levers
+    ]
+    columns = ("change", "MiB", "time", " ", *(("why",) if verbose else ()))
+    yield table(columns, rows, right=("MiB", "time"))
+    if any(lever.changes_numerics for lever in levers):
+        yield Text("  * changes the numbers of training, not only its memory", style=QUIET)
+
+
+def delta_text(delta_bytes: int) -> str:
+    """A signed difference in MiB; one that the column cannot show is a plain 0."""
+    text = format_mib(delta_bytes)
+    return "0" if text.strip("-") == "0.0" else f"+{text}" if delta_bytes > 0 else text
+
+
+def change_text(change: Mapping[str, object]) -> str:
+    return " ".join(f"{key}={value}" for key, value in change.items())
+
+
+def next_lines(plan: Plan, asked: str, saved: str | None) -> Iterator[str]:
+    """Commands that use the answer."""
+    given, change = plan.as_given, plan.smallest_change
+    if given is not None and given.program == "nanogpt" and change is not None and set(change.change) <= NANOGPT_KEYS:
+        options = " ".join(f"--{key}={value}" for key, value in change.change.items())
+        yield f"python train.py {asked} {options}    (nanoGPT itself, the smallest change that fits)"
+    if plan.run is None or plan.choice is None:
+        return
+    changes = {key: value for key, value in plan.choice.items() if given is None or given.config.get(key) != value}
+    yield f"gptfit train {saved}" if saved else " ".join(f"gptfit train {asked} {change_text(changes)}".split())
