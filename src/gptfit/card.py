@@ -18,10 +18,12 @@ class Card:
 def find_card(gpu: str | None, reserve: str | None = None) -> Card | None:
     """The card called `gpu`, or where that is None or `auto`, the driver's; None where there is neither.
 
-    `reserve` is a size as typed. Raises GptfitError for an unknown name or size, and for `auto` without a driver.
+    `reserve` is a size as typed. A named card that usually drives a desktop is planned for with one on it, a detected
+    one with what its driver says. Raises GptfitError for an unknown name or size, and for `auto` without a driver.
     """
     if gpu is not None and gpu != "auto":
-        return Card(load_gpu(gpu), parse_size(reserve) if reserve else 0)
+        profile = load_gpu(gpu)
+        return Card(profile, parse_size(reserve) if reserve else profile.display_bytes)
     from gptfit.driver import detect
 
     detected = detect()

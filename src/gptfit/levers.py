@@ -5,8 +5,13 @@ from dataclasses import dataclass
 
 from gptfit.config import RunConfig, derive
 from gptfit.errors import GptfitError
-from gptfit.estimate import Estimate, estimate
+from gptfit.estimate import Estimate, estimate, under_program
 from gptfit.gpus import GpuProfile
+from gptfit.memory.overhead import CUBLAS_HANDLES, cublas_workspace_bytes
+from gptfit.memory.step import pieces, steady_step
+from gptfit.speed import Speed, predict
+
+CLEAR = 0.35  # of the live peak: more than any recorded fragmentation of a training step adds
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +27,7 @@ class Lever:
 
 @dataclass(frozen=True, slots=True)
 class LeverEffect:
-    """What a change does to the run as given: bytes allocated at the peak, time a step, and whether it then fits."""
+    """What a change does to the run as given: live bytes at the peak, time for the same tokens, and the verdict."""
 
     change: Mapping[str, object]
     delta_bytes: int
@@ -113,20 +118,35 @@ def effect_of(
     changes = {key: value for key, value in lever.change.items() if key != "program"}
     if lever.program == "gptfit":
         changes = {"loss": "chunked"}
+    program = lever.program or program
     try:
-        after = estimate(derive(run, **changes), lever.program or program, profile, reserve_bytes)
+        after = derive(run, **changes)
+        parts = pieces(under_program(after, program), program, whole=False)
     except GptfitError:
         return None
-    return compare(lever.change, given, after, lever.numerics, lever.why)
+    live_bytes = steady_step(after, parts).peak().live_bytes
+    speed = predict(after, profile, parts.flops_per_token, program)
+    fits = fits_surely(live_bytes, profile, reserve_bytes)
+    if fits is None:
+        fits = estimate(after, program, profile, reserve_bytes).verdict == "fits"
+    delta_bytes = live_bytes - given.live_bytes
+    return LeverEffect(lever.change, delta_bytes, slower(given, speed), fits, lever.numerics, lever.why)
 
 
-def compare(change: Mapping[str, object], given: Estimate, after: Estimate, numerics: bool, why: str) -> LeverEffect:
-    pct = None
-    if given.speed is not None and after.speed is not None:
-        before = given.speed.seconds_per_step / given.tokens_per_step
-        pct = round(100 * (after.speed.seconds_per_step / after.tokens_per_step / before - 1), 1)
-    delta = after.allocated_bytes - given.allocated_bytes
-    return LeverEffect(change, delta, pct, after.verdict == "fits", numerics, why)
+def fits_surely(live_bytes: int, profile: GpuProfile, reserve_bytes: int) -> bool | None:
+    """The verdict where the live peak alone decides it; None where the allocator has to be replayed."""
+    floor = live_bytes + CUBLAS_HANDLES * cublas_workspace_bytes(profile.compute_capability) + profile.context_bytes
+    usable = profile.total_bytes - reserve_bytes
+    if floor > usable:
+        return False
+    return True if floor + live_bytes * CLEAR <= usable else None
+
+
+def slower(given: Estimate, speed: Speed) -> float | None:
+    """Percent more time for the same tokens."""
+    if given.speed is None:
+        return None
+    return round(100 * (given.speed.tokens_per_second / speed.tokens_per_second - 1), 1)
 
 
 def micro_batch_effects(
@@ -136,10 +156,14 @@ def micro_batch_effects(
     if given.verdict != "does_not_fit" or run.batch_size == 1:
         return []
     low, high, best = 0, run.batch_size - 1, None
-    while low < high or (low == high and low > 0 and best is None):
+    while low < high:
         middle = (low + high + 1) // 2
-        after = estimate(with_micro_batch(run, middle), program, profile, reserve_bytes)
-        if after.verdict == "fits":
+        smaller = with_micro_batch(run, middle)
+        live_bytes = steady_step(smaller, pieces(smaller, program, whole=False)).peak().live_bytes
+        after = None
+        if fits_surely(live_bytes, profile, reserve_bytes) is not False:
+            after = estimate(smaller, program, profile, reserve_bytes)
+        if after is not None and after.verdict == "fits":
             low, best = middle, after
         else:
             high = middle - 1
@@ -148,7 +172,9 @@ def micro_batch_effects(
     smaller = with_micro_batch(run, low)
     change = {"batch_size": low, "gradient_accumulation_steps": smaller.gradient_accumulation_steps}
     why = "the largest micro-batch that fits; it need not be a power of two, and the tokens of a step stay the same"
-    return [compare(change, given, best, False, why)]
+    delta_bytes = best.live_bytes - given.live_bytes
+    pct = slower(given, best.speed) if best.speed else None
+    return [LeverEffect(change, delta_bytes, pct, True, False, why)]
 
 
 def with_micro_batch(run: RunConfig, batch_size: int) -> RunConfig:

@@ -31,17 +31,28 @@ LAST_RESORT: dict[str, tuple[object, ...]] = {
     "param_dtype": ("bfloat16",),
 }
 FINALISTS = 4
+INEXACT = 0.015  # the speed that the exact number of tokens a step is worth
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One choice of keys, how fast it is predicted to be, and what it reserves (None: not replayed)."""
+    """One choice of keys, and the estimate of it."""
 
     choice: Mapping[str, object]
     run: RunConfig
-    speed: Speed
-    reserved_bytes: int
-    fits: bool
+    estimate: Estimate
+
+    @property
+    def fits(self) -> bool:
+        return self.estimate.verdict == "fits"
+
+    @property
+    def reserved_bytes(self) -> int:
+        return self.estimate.reserved_bytes
+
+    @property
+    def speed(self) -> Speed | None:
+        return self.estimate.speed
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +95,9 @@ class Plan:
                 {
                     "choice": dict(candidate.choice),
                     "reserved_bytes": candidate.reserved_bytes,
-                    "tokens_per_second": candidate.speed.tokens_per_second,
+                    "tokens_per_second": candidate.estimate.speed.tokens_per_second
+                    if candidate.estimate.speed
+                    else None,
                     "fits": candidate.fits,
                 }
                 for candidate in self.candidates
@@ -130,7 +143,7 @@ def plan(
         if found:
             notes.append("nothing fits with the keys as given; some of them are changed, and marked")
     best = found[0] if found else None
-    chosen = estimate(best.run, "gptfit", profile, reserve_bytes) if best else None
+    chosen = best.estimate if best else None
     if best is not None and best.run.tokens_per_step != tokens:
         notes.append(f"tokens per step: {best.run.tokens_per_step:,} instead of {tokens:,}, the nearest to it")
     levers = tuple(effects(as_given, given, source.program, profile, reserve_bytes))
@@ -183,15 +196,14 @@ class Search:
 
     def run(self, combinations: list[dict[str, object]]) -> list[Candidate]:
         """Candidates that fit, best first; the finalists have been replayed."""
-        ranked: list[tuple[float, Speed, dict[str, object], RunConfig]] = []
+        ranked: list[tuple[float, dict[str, object], RunConfig]] = []
         for combination in combinations:
             for micro_batch, run, flops_per_token in self.fitting(combination):
                 speed = predict(run, self.profile, flops_per_token, "gptfit")
                 choice = {**combination, **split(run, micro_batch)}
-                ranked.append((-speed.tokens_per_second, speed, choice, run))
-        ranked.sort(
-            key=lambda entry: (round(entry[0] / 100), entry[3].tokens_per_step != self.tokens, -entry[3].batch_size)
-        )
+                exact = 1.0 if run.tokens_per_step == self.tokens else 1.0 - INEXACT
+                ranked.append((-speed.tokens_per_second * exact, choice, run))
+        ranked.sort(key=lambda entry: entry[0])
         return self.replayed(ranked)
 
     def fitting(self, combination: dict[str, object]) -> Iterator[tuple[int, RunConfig, int]]:
@@ -216,14 +228,14 @@ class Search:
         steps = max(1, round(self.tokens / (micro_batch * self.base.block_size * self.base.n_gpus))) * self.base.n_gpus
         return derive(self.base, **combination, batch_size=micro_batch, gradient_accumulation_steps=steps)
 
-    def replayed(self, ranked: list[tuple[float, Speed, dict[str, object], RunConfig]]) -> list[Candidate]:
+    def replayed(self, ranked: list[tuple[float, dict[str, object], RunConfig]]) -> list[Candidate]:
         """The first few of the ranking that fit when replayed.
 
         A candidate that does not, moves the limit of its combination down by what is missing.
         """
         found: list[Candidate] = []
         limits: dict[tuple[object, ...], int] = {}
-        for _, speed, choice, run in ranked:
+        for _, choice, run in ranked:
             kind = tuple(choice[key] for key in choice if key not in ("batch_size", "gradient_accumulation_steps"))
             if len(found) >= FINALISTS:
                 break
@@ -232,7 +244,7 @@ class Search:
             full = estimate(run, "gptfit", self.profile, self.reserve_bytes)
             margin = full.margin_bytes or 0
             if margin >= 0:
-                found.append(Candidate(choice, run, speed, full.reserved_bytes, True))
+                found.append(Candidate(choice, run, full))
             else:
                 per_sequence = max(1, full.saved_for_backward_bytes // run.batch_size)
                 limits[kind] = run.batch_size - max(1, -margin // per_sequence)

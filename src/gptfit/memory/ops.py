@@ -53,9 +53,9 @@ def linear(
         grad_x = w.empty(f"{name} input gradient", "temporary", x_shape, dtype) if x_node else None
         grad_w = w.empty(f"{name} weight gradient", "temporary", w_shape, dtype) if weight_node else None
         grad_b = w.empty(f"{name} bias gradient", "temporary", (w_shape[0],), dtype) if bias_node else None
-        for grad in (grad_x, grad_w):
-            if grad is not None:
-                grad.is_view = True  # reshaped or transposed
+        for made in (grad_x, grad_w):
+            if made is not None:
+                made.is_view = True  # reshaped or transposed
         return [grad_x, grad_w, grad_b]
 
     saved = (x.storage, weight.storage) if x_node else (x.storage,)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from gptfit.config import RunConfig
-from gptfit.memory.allocator import AllocatorOptions, CachingAllocator
+from gptfit.memory.allocator import AllocatorOptions, Block, CachingAllocator
 from gptfit.memory.overhead import CUBLAS_HANDLES
 from gptfit.memory.step import Pieces, first_steps
 from gptfit.memory.tape import Buffer, Event, Item, Mark, Tape
@@ -23,12 +23,12 @@ def replay_run(
     """Replays evaluation, the first step and two steady ones. `parts` must have been written with kernels."""
     expandable = run.expandable_segments if expandable_segments is None else expandable_segments
     allocator = CachingAllocator(options=AllocatorOptions(expandable_segments=expandable))
-    blocks = {}
+    blocks: list[Block | None] = []
     malloc, free = allocator.malloc, allocator.free
     for sign, serial, buffer in with_workspaces(first_steps(run, parts), workspace_bytes).expand():
         if sign > 0:
-            blocks[serial] = malloc(buffer.n_bytes) if buffer.n_bytes else None
-        elif (block := blocks.pop(serial)) is not None:
+            blocks.append(malloc(buffer.n_bytes) if buffer.n_bytes else None)  # serials count up from 0
+        elif (block := blocks[serial]) is not None:
             free(block)
     return Reserved(allocator.peak_allocated_bytes, allocator.peak_reserved_bytes)
 

@@ -174,8 +174,10 @@ class Tape:
         """
         alive: defaultdict[tuple[str, int], deque[int]] = defaultdict(deque)
         serial = 0
-        for sign, buffer, key in _flat(self.items, 0):
-            if sign > 0:
+        for event, number in _flat(self.items, 0):
+            buffer = event.buffer
+            key = (buffer.name, number + event.shift if "*" in buffer.name else 0)
+            if event.sign > 0:
                 alive[key].append(serial)
                 yield 1, serial, buffer
                 serial += 1
@@ -211,11 +213,11 @@ def _flat_items(items: list[Item]) -> Iterator[Item]:
             yield item
 
 
-def _flat(items: list[Item], number: int) -> Iterator[tuple[int, Buffer, tuple[str, int]]]:
+def _flat(items: list[Item], number: int) -> Iterator[tuple[Event, int]]:
+    """Events with the block number that they belong to, but for their own shift."""
     for item in items:
         if isinstance(item, Event):
-            name = item.buffer.name
-            yield item.sign, item.buffer, (name, number + item.shift if "*" in name else 0)
+            yield item, number
         elif isinstance(item, Loop):
             rounds = range(item.n - 1, -1, -1) if item.reverse else range(item.n)
             for i in rounds:
