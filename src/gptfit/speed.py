@@ -165,11 +165,12 @@ def step_time(
     recompute = recomputed_share(run)
 
     flops = n_tokens * (flops_per_token + recompute * max(0, flops_per_token - 6 * head_params))
-    efficiency = constants.fp32_efficiency if run.dtype == "float32" else constants.matmul_efficiency
+    emulated = run.dtype == "bfloat16" and profile.flops.bf16 is None
+    efficiency = constants.fp32_efficiency if emulated or run.dtype == "float32" else constants.matmul_efficiency
     rate = 1 / (dense_peak(run.dtype, profile) * efficiency)
     rate += constants.sm_seconds_per_flop / profile.sm_count
     tiles = max(1.0, n_tokens * n_embd / TILE)
-    # Half a wave is idle; 5/12 of a block's FLOPs are matmuls with n_embd columns, the rest have three or four times that.
+    # Half a wave is idle; 5/12 of a block's FLOPs are matmuls with n_embd columns, the rest have 3 or 4 times that.
     compute = flops * rate * (1 + 0.3 * profile.sm_count / tiles)
 
     bandwidth = profile.bandwidth_bytes_per_second * constants.bandwidth_share
