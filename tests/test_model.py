@@ -12,7 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptfit.config import RunConfig, make_run
-from gptfit.model import GPT, rms_norm, rotate
+from gptfit.model import GPT, compile_model, rms_norm, rotate
+
+# Threads that wait for one another on a busy machine take longer than these shapes take on one.
+torch.set_num_threads(1)
 
 TINY: dict[str, Any] = {
     "n_layer": 2, "n_head": 4, "n_embd": 32, "vocab_size": 61, "block_size": 16,
@@ -179,6 +182,27 @@ def test_checkpointing_changes_no_number(every):
         model(idx, targets).backward()
     for a, b in zip(plain.parameters(), saved.parameters(), strict=True):
         assert torch.equal(a.grad, b.grad)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("changes", [
+    {"loss": "chunked", "dropout": 0.1},
+    {"loss": "full", "norm": "rmsnorm", "position": "rope", "mlp": "swiglu", "qk_norm": True, "n_kv_head": 2},
+    {"loss": "chunked", "norm": "rmsnorm", "activation_checkpointing": "block", "attention": "math"},
+])  # fmt: skip
+# Dynamo itself makes an instance of autograd.Function while it traces one.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_compiling_breaks_no_graph_and_changes_no_number(changes):
+    plain, compiled = build(**changes), build(**changes)
+    compile_model(compiled, backend="aot_eager", fullgraph=True)
+    idx, targets = batch(plain.run)
+    for model in (plain, compiled):
+        torch.manual_seed(3)
+        model(idx, targets).backward()
+    for (name, a), b in zip(plain.named_parameters(), compiled.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6, msg=name)
+    assert compiled.state_dict().keys() == plain.state_dict().keys()
+    compiled.eval()
+    assert compiled.logits(idx).shape == (3, plain.run.vocab_size)
 
 
 def test_parameters_are_named_and_shaped_as_nanogpt_names_them():

@@ -28,6 +28,9 @@ from gptfit.train import train
 
 CPU = torch.device("cpu")
 
+# Threads that wait for one another on a busy machine take longer than these shapes take on one.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory) -> Path:
@@ -101,6 +104,18 @@ def test_resumed_is_bit_for_bit_uninterrupted(dataset, tmp_path, optimizer):
     train(run, tmp_path / "parts", resume=True)
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
     assert same(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize(("dtype", "optimizer"), [("float16", "adamw"), ("float16", "muon"), ("bfloat16", "adamw")])
+def test_half_precision_trains_and_resumes_with_its_scaler(dataset, tmp_path, dtype, optimizer):
+    run = tiny(dataset, dtype=dtype, optimizer=optimizer, max_iters=8)
+    train(run, tmp_path / "whole")
+    train(run, tmp_path / "parts", on_event=stop_at(5, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    train(run, tmp_path / "parts", resume=True)
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    assert losses(tmp_path / "whole")[-1] < losses(tmp_path / "whole")[0] - 0.2
+    found = checkpoint.latest_valid(tmp_path / "parts")
+    assert found is not None and ("scale" in found.checkpoint.scaler) == (dtype == "float16")
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
@@ -252,6 +267,21 @@ def test_it_learns_and_its_sample_is_made_of_the_words(dataset, tmp_path):
     words = set(raw.split())
     drawn = text.split()[1:-1]
     assert sum(word in words for word in drawn) > 0.5 * len(drawn) > 5
+
+
+@pytest.mark.slow
+def test_a_model_for_a_cpu_learns_python_in_seconds(tmp_path):
+    """Four layers of 128 on the built-in data: what a first run on any machine is like."""
+    run = make_run(
+        {
+            "n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 128, "vocab_size": 257, "batch_size": 8,
+            "gradient_accumulation_steps": 1, "learning_rate": 3e-3, "warmup_iters": 10, "max_iters": 60,
+            "eval_interval": 60, "eval_iters": 4,
+        }
+    )  # fmt: skip
+    finished = train(run, tmp_path)
+    assert finished.val_loss is not None and finished.val_loss < losses(tmp_path)[0] - 2
+    assert finished.seconds < 60
 
 
 def test_sampling_is_a_function_of_its_seed(dataset, tmp_path):

@@ -60,11 +60,11 @@ def pick_device(name: str = "") -> torch.device:
 
 
 def start(device: torch.device, seed: int) -> None:
-    """Seeds every generator and lets fp32 matmuls on a GPU use TF32, as nanoGPT does."""
+    """Seeds every generator; on a GPU fp32 matmuls use TF32, as in nanoGPT."""
     torch.manual_seed(seed)
-    torch.set_float32_matmul_precision("high")
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
 
 
 def capability(device: torch.device) -> tuple[int, int] | None:

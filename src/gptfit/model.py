@@ -11,7 +11,8 @@ Kept for backward, by one micro-batch (sizes in elements; "compute": the compute
   each block  norm 1: its input, which is the residual stream [B, T, C]; mean and rstd (rmsnorm: rstd) [B, T, 1] fp32;
               its output [B, T, C] compute, for c_attn
               c_attn: weight in compute [(H+2K)·D, C]; output [B, T, (H+2K)·D] compute, as q, k, v are views of it
-              (rope and qk_norm make new q and k, and qk_norm keeps those it read, with rstd [B, H or K, T, 1] fp32)
+              (rope and qk_norm make new q and k, and qk_norm keeps those it read, with rstd [B, H or K, T, 1] fp32;
+              in fp32 grouped heads make k and v of all heads)
               attention: flash: output [B, H, T, D] compute and log-sum-exp [B, H, T] fp32;
               math: softmax [B, H, T, T] fp32 and its copy in compute, scaled q, output
               c_proj: weight in compute; its input is the attention's output
@@ -303,10 +304,10 @@ class GPT(nn.Module):
         return soft_cap(self.lm_head(self.hidden(idx_BT)[:, -1]), self.run.logit_softcap).float()
 
 
-def compile_model(model: GPT) -> None:
-    """Compiles `model` in place. With the chunked loss everything but the loss: its loop over chunks would be
-    unrolled into the graph, and it is made of few large kernels already."""
+def compile_model(model: GPT, **options: Any) -> None:
+    """Compiles `model` in place; `options` are torch.compile's. With the chunked loss everything but the loss:
+    its loop over chunks would be unrolled into the graph, and it is made of few large kernels already."""
     if model.run.loss == "chunked":
-        model.hidden = torch.compile(model.hidden)
+        model.hidden = torch.compile(model.hidden, **options)
     else:
-        model.compile()
+        model.compile(**options)

@@ -14,7 +14,7 @@ from gptfit.tokenizer import Tokenizer, get_tokenizer
 
 def sample(
     checkpoint_dir: Path | str,
-    prompt: str = "",
+    prompt: str = "\n",
     n_tokens: int = 500,
     temperature: float = 0.8,
     top_k: int = 200,
@@ -23,8 +23,8 @@ def sample(
 ) -> str:
     """`prompt` and `n_tokens` more, drawn from the newest checkpoint of a folder; the defaults are nanoGPT's.
 
-    Temperature 0 always takes the likeliest token; `top_k` 0 leaves all tokens in. Without a prompt the text
-    begins where a text of the data begins. Raises GptfitError where there is no checkpoint or no tokenizer.
+    Temperature 0 always takes the likeliest token; `top_k` 0 leaves all tokens in. With an empty prompt the
+    text begins as a text of the data begins. Raises GptfitError where there is no checkpoint or no tokenizer.
     """
     found = latest_valid(Path(checkpoint_dir))
     if found is None:
