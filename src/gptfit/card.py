@@ -1,37 +1,46 @@
 """The card that a command is asked about: a profile by name, or the one that the driver sees, with what is free."""
 
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from gptfit.errors import GptfitError
 from gptfit.gpus import GpuProfile, load_gpu
-from gptfit.units import parse_size
+from gptfit.units import format_bytes, parse_size
+
+if TYPE_CHECKING:
+    from gptfit.driver import DriverGpu
+
+# Processes that a note names: enough to know what to close.
+MAX_PROCESSES = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """A card, and what others hold on it."""
+    """A card, what others hold on it, and what to know of that."""
 
     profile: GpuProfile
     reserve_bytes: int
+    notes: tuple[str, ...] = ()
 
 
 def find_card(gpu: str | None, reserve: str | None = None) -> Card | None:
     """The card called `gpu`, or where that is None or `auto`, the driver's; None where there is neither.
 
     `reserve` is a size as typed. A named card that usually drives a desktop is planned for with one on it, a detected
-    one with what its driver says. Raises GptfitError for an unknown name or size, and for `auto` without a driver.
+    one with what its driver says is free. Of several it is the first that CUDA would take. Raises GptfitError for an
+    unknown name or size, and for `auto` without a driver.
     """
+    reserve_bytes = parse_size(reserve) if reserve is not None else None
     if gpu is not None and gpu != "auto":
-        profile = load_gpu(gpu)
-        return Card(profile, parse_size(reserve) if reserve else profile.display_bytes)
+        return _named(load_gpu(gpu), reserve_bytes)
     from gptfit.driver import detect
 
-    detected = detect()
-    if detected is None:
-        if gpu == "auto":
-            raise GptfitError("there is no GPU driver to ask", "name a card: --gpu rtx4070 (see: gptfit gpus)")
-        return None
-    return Card(detected.profile, parse_size(reserve) if reserve else detected.used_bytes)
+    seen = choose(detect(), os.environ)
+    if seen is None and gpu == "auto":
+        raise GptfitError("there is no GPU driver to ask", "name a card: --gpu rtx4070 (gptfit gpus lists them)")
+    return None if seen is None else detected_card(seen, reserve_bytes)
 
 
 def need_card(gpu: str | None, reserve: str | None, command: str) -> Card:
@@ -43,3 +52,30 @@ def need_card(gpu: str | None, reserve: str | None, command: str) -> Card:
             f"gptfit {command} --gpu rtx4070 (gptfit gpus lists them)",
         )
     return card
+
+
+def choose(seen: "Sequence[DriverGpu]", environment: Mapping[str, str]) -> "DriverGpu | None":
+    """The first that CUDA_VISIBLE_DEVICES leaves, by number or the beginning of a UUID; None where it leaves none."""
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return seen[0] if seen else None
+    first = visible.split(",")[0].strip()
+    return next((gpu for gpu in seen if first and first in (str(gpu.index), gpu.uuid[: len(first)])), None)
+
+
+def _named(profile: GpuProfile, reserve_bytes: int | None) -> Card:
+    if reserve_bytes is not None or not profile.display_bytes:
+        return Card(profile, reserve_bytes or 0)
+    left = format_bytes(profile.display_bytes)
+    note = f"{left} of the card are left to a desktop, as it usually has one; --reserve 0 where it has none"
+    return Card(profile, profile.display_bytes, (note,))
+
+
+def detected_card(gpu: "DriverGpu", reserve_bytes: int | None = None) -> Card:
+    """A card that the driver sees; what is not free on it is others'. Raises GptfitError where it has no profile."""
+    profile = load_gpu(gpu.name, gpu.total_bytes)
+    held = [f"{process.name or process.pid}" for process in gpu.processes[:MAX_PROCESSES]]
+    note = f"{gpu.name}: {format_bytes(gpu.free_bytes)} are free now" + (f", beside {', '.join(held)}" if held else "")
+    if reserve_bytes is None:
+        reserve_bytes = max(0, profile.total_bytes - gpu.free_bytes)
+    return Card(profile, reserve_bytes, (note, *gpu.notes))

@@ -6,6 +6,7 @@ stdout, everything else to stderr.
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -31,10 +32,8 @@ from gptfit.options import (
     TokensPerStep,
     Verbose,
     Words,
+    asked_for,
     program_of,
-    read_source,
-    split_words,
-    typed,
 )
 
 YES, NO, UNANSWERED, INTERRUPTED = 0, 1, 2, 130
@@ -123,6 +122,7 @@ def plan(
     tokens_per_step: TokensPerStep = None,
     allow: Allow = None,
     keep: Keep = None,
+    program: Program = None,
     reserve: Reserve = None,
     save: Save = None,
     json: Json = False,
@@ -130,19 +130,22 @@ def plan(
 ) -> int:
     """The best run that fits the card: what to change, and how fast it will be."""
     from gptfit.card import need_card
+    from gptfit.door import read_config
     from gptfit.plan import plan as make_plan
     from gptfit.report.output import respond
     from gptfit.report.plans import plan_view
     from gptfit.report.terminal import notes_view
 
-    source = read_source(context, words)
+    asked = asked_for(context, words)
+    source = read_config(asked.config, asked.overrides)
+    source = replace(source, program=program_of(program, source))
     card = need_card(gpu, reserve, "plan")
     answer = make_plan(source, card.profile, card.reserve_bytes, tokens_per_step, allow or (), keep or ())
     if save is not None and answer.run is not None:
         from gptfit.door import save_run
 
-        save_run(answer.run, save, f"{typed('plan', words)} --gpu {card.profile.name}")
-    respond(json, answer.to_json, plan_view(answer, typed("", words), save, verbose), notes_view(source, verbose))
+        save_run(answer.run, save, asked.gptfit("plan", {}, "--gpu", card.profile.name))
+    respond(json, answer.to_json, plan_view(answer, source, asked, save, verbose), notes_view(source, card, verbose))
     return YES if answer.verdict == "fits" else NO
 
 
@@ -158,18 +161,20 @@ def estimate(
 ) -> int:
     """The memory of exactly this run, and whether it fits."""
     from gptfit.card import find_card
+    from gptfit.door import read_config
     from gptfit.estimate import estimate as make_estimate
     from gptfit.report.output import respond
     from gptfit.report.terminal import estimate_view, notes_view
 
-    source = read_source(context, words)
+    asked = asked_for(context, words)
+    source = read_config(asked.config, asked.overrides)
     card = find_card(gpu, reserve)
     on_card = (card.profile, card.reserve_bytes) if card else (None, 0)
     answer = make_estimate(source.run, program_of(program, source), *on_card)
     # A config written for nanoGPT is answered for both programs: its owner may train it with either.
     both = program is None and source.program == "nanogpt" and not json
     other = make_estimate(source.run, "gptfit", *on_card) if both else None
-    respond(json, answer.to_json, estimate_view(answer, other, typed("", words), verbose), notes_view(source, verbose))
+    respond(json, answer.to_json, estimate_view(answer, other, asked, verbose), notes_view(source, card, verbose))
     return NO if answer.verdict == "does_not_fit" else YES
 
 
@@ -192,9 +197,9 @@ def explain_oom(
     from gptfit.report.lists import diagnosis_view
     from gptfit.report.output import respond
 
-    file, overrides = split_words(context, words)
-    source = read_config(config, overrides) if config is not None or overrides else None
-    facts = read_paste(read_log(file))
+    asked = asked_for(context, words)  # its CONFIG is the log
+    source = read_config(config, asked.overrides) if config is not None or asked.overrides else None
+    facts = read_paste(read_log(asked.config))
     answer = diagnose(facts, source.run if source else None, program)
     respond(json, answer.to_json, diagnosis_view(answer))
     return NO if facts.kind == "not_oom" else YES
@@ -223,14 +228,16 @@ def verify(
     context: typer.Context, words: Words = None, program: Program = None, json: Json = False, verbose: Verbose = False
 ) -> int:
     """Traces the real step on fake tensors, beside the estimate. No GPU, and next to no memory."""
+    from gptfit.door import read_config
     from gptfit.report.lists import verification_view
     from gptfit.report.output import respond
     from gptfit.report.terminal import notes_view
     from gptfit.verify import verify as make_verification
 
-    source = read_source(context, words)
+    asked = asked_for(context, words)
+    source = read_config(asked.config, asked.overrides)
     answer = make_verification(source.run, program_of(program, source))
-    respond(json, answer.to_json, verification_view(answer), notes_view(source, verbose))
+    respond(json, answer.to_json, verification_view(answer), notes_view(source, None, verbose))
     return YES if answer.passed else NO
 
 
@@ -251,10 +258,10 @@ def train(
     from gptfit.report.output import show, write
     from gptfit.train import train as run_training
 
-    config, overrides = split_words(context, words)
-    launch = prepare_launch(config, overrides, auto_fit, Path(out) if resume else None, device)
+    asked = asked_for(context, words)
+    launch = prepare_launch(asked, auto_fit, Path(out) if resume else None, device)
     if launch.estimate is not None and launch.refused and not force:
-        show(refusal_view(launch.estimate, launch.levers, typed("train", words)))
+        show(refusal_view(launch.estimate, launch.levers, asked))
         return NO
     with Progress() as progress:
         launch.tell(progress)
@@ -313,21 +320,38 @@ def models(json: Json = False) -> None:
 
 @app.command()
 def gpus(
-    name: Annotated[
-        str | None, typer.Argument(metavar="NAME", help="One card, with the sources of its figures.")
-    ] = None,
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="One card, each figure with its source.")] = None,
     detect: Annotated[bool, typer.Option("--detect", help="The cards of this machine, and what is free.")] = False,
     json: Json = False,
 ) -> int:
     """The cards that have a profile."""
     from gptfit.gpus import all_gpus, load_gpu
-    from gptfit.report.lists import gpu_view, gpus_json, gpus_view
+    from gptfit.report import cards
     from gptfit.report.output import respond
 
-    if name is not None:
-        profile = load_gpu(name)
-        respond(json, lambda: gpus_json([profile]), gpu_view(profile))
-    else:
-        profiles = all_gpus()
-        respond(json, lambda: gpus_json(profiles), gpus_view(profiles))
+    if detect:
+        from gptfit.driver import detect as ask_driver
+
+        seen = ask_driver()
+        respond(json, lambda: cards.seen_json(seen), cards.seen_view(seen))
+        return YES if seen else NO
+    profiles = [load_gpu(name)] if name is not None else all_gpus()
+    view = cards.gpu_view(profiles[0]) if name is not None else cards.gpus_view(profiles)
+    respond(json, lambda: cards.gpus_json(profiles), view)
     return YES
+
+
+@app.command()
+def accuracy(
+    rows: Annotated[Path | None, typer.Argument(metavar="ROWS", help="Measurements, one JSON object a line.")] = None,
+    json: Json = False,
+    verbose: Verbose = False,
+) -> int:
+    """Every published measurement that ships with gptfit, beside its prediction."""
+    from gptfit.accuracy import accuracy as compare_rows
+    from gptfit.report.lists import accuracy_view
+    from gptfit.report.output import respond
+
+    answer = compare_rows(rows)
+    respond(json, answer.to_json, accuracy_view(answer, verbose))
+    return NO if answer.missed() else YES

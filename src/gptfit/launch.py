@@ -1,21 +1,34 @@
 """What `gptfit train` decides before it trains: which run, and whether it fits where it will run."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from gptfit.card import Card, find_card
+import torch
+
+from gptfit.asked import Asked
+from gptfit.card import Card, detected_card
 from gptfit.config import RunConfig
 from gptfit.device import adapt, pick_device
 from gptfit.door import ConfigSource, read_config
+from gptfit.driver import detect
+from gptfit.errors import GptfitError
 from gptfit.estimate import Estimate, estimate
 from gptfit.events import Listener, Note
 from gptfit.levers import LeverEffect, effects
 from gptfit.plan import plan
 from gptfit.train import RUN_FILE
 
-# The preset that a CPU trains in minutes.
+# Without a CONFIG, auto-fit trains what ends within minutes: on a CPU a preset made for it, on a GPU the first
+# twenty million tokens of GPT-2, 60 × 1024 a step.
 CPU_PRESET = "tiny"
+GPU_OVERRIDES = (
+    "gradient_accumulation_steps=5",
+    "max_iters=320",
+    "warmup_iters=32",
+    "eval_interval=80",
+    "eval_iters=10",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +62,7 @@ class Launch:
 
 
 def prepare_launch(
-    config: str | None,
-    overrides: Sequence[str],
+    asked: Asked,
     auto_fit: bool = False,
     resume_from: Path | None = None,
     device_name: str = "",
@@ -60,24 +72,37 @@ def prepare_launch(
 
     A resumed run without a CONFIG is the one in its folder. Raises GptfitError for what cannot be read.
     """
+    seen = detect()  # before CUDA starts here, whose context would count as others' memory
     device = pick_device(device_name)
-    on_gpu = device.type == "cuda"
-    if config is None and resume_from is not None and (resume_from / RUN_FILE).is_file():
-        config = str(resume_from / RUN_FILE)
-    if config is None and auto_fit and not on_gpu:
-        config = CPU_PRESET
-    source = read_config(config, overrides)
-    card = find_card("auto") if on_gpu else None
-    if card is None:
+    source = choose_source(asked, auto_fit, resume_from, device)
+    if device.type != "cuda":
         return Launch(source.run, notes=source.notes)
+    gpu = next((gpu for gpu in seen if gpu.uuid.endswith(gpu_uuid(device))), None)
+    if gpu is None:
+        return Launch(source.run, notes=(*source.notes, "not estimated: the driver does not say what is free"))
+    try:
+        card = detected_card(gpu)
+    except GptfitError as error:
+        return Launch(source.run, notes=(*source.notes, f"not estimated: {error.message}"))
     run, notes = adapt(source.run, device)
     if auto_fit and resume_from is None:
         return plan_launch(replace(source, run=run), card)
     estimated = estimate(run, "gptfit", card.profile, card.reserve_bytes)
-    launch = Launch(run, estimated, notes=(*source.notes, *notes))
+    launch = Launch(run, estimated, notes=(*source.notes, *card.notes, *notes))
     if launch.refused:
         launch = replace(launch, levers=tuple(effects(estimated, run, "gptfit", card.profile, card.reserve_bytes)))
     return launch
+
+
+def choose_source(asked: Asked, auto_fit: bool, resume_from: Path | None, device: torch.device) -> ConfigSource:
+    """The run that was asked for; without a CONFIG the one to resume, or one that `auto_fit` ends in minutes."""
+    if asked.config is not None or not (auto_fit or resume_from):
+        return read_config(asked.config, asked.overrides)
+    if resume_from is not None and (resume_from / RUN_FILE).is_file():
+        return read_config(str(resume_from / RUN_FILE), asked.overrides)
+    if device.type == "cuda":
+        return read_config(None, (*GPU_OVERRIDES, *asked.overrides))
+    return read_config(CPU_PRESET, asked.overrides)
 
 
 def plan_launch(source: ConfigSource, card: Card) -> Launch:
@@ -86,3 +111,8 @@ def plan_launch(source: ConfigSource, card: Card) -> Launch:
     if planned.run is None:
         return Launch(source.run, planned.as_given, planned.levers, source.notes)
     return Launch(planned.run, planned.estimate, notes=(*source.notes, *planned.notes))
+
+
+def gpu_uuid(device: torch.device) -> str:
+    """What the driver calls that device, without its prefix."""
+    return str(torch.cuda.get_device_properties(device).uuid)

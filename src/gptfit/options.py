@@ -1,12 +1,12 @@
 """What the commands share on the command line: their options, and the words that are CONFIG and KEY=VALUE."""
 
 import os
-import shlex
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from gptfit.asked import Asked
 from gptfit.errors import GptfitError, nearest
 
 if TYPE_CHECKING:
@@ -71,8 +71,8 @@ Device = Annotated[
 PROGRAMS = ("gptfit", "nanogpt")
 
 
-def split_words(context: typer.Context, words: Sequence[str] | None) -> tuple[str | None, list[str]]:
-    """CONFIG (None if absent) and the overrides among `words`.
+def asked_for(context: typer.Context, words: Sequence[str] | None) -> Asked:
+    """CONFIG and the overrides among `words`.
 
     Raises GptfitError for a second CONFIG and for an option that the command does not have.
     """
@@ -89,7 +89,7 @@ def split_words(context: typer.Context, words: Sequence[str] | None) -> tuple[st
             raise GptfitError(
                 f'unexpected "{word[:60]}" after the config "{config[:60]}"', "changes are written as KEY=VALUE"
             )
-    return config, overrides
+    return Asked(config, tuple(overrides))
 
 
 def _check_option(context: typer.Context, word: str) -> None:
@@ -102,20 +102,13 @@ def _check_option(context: typer.Context, word: str) -> None:
     is_key = key in KEYS or is_harmless(key)
     if is_key and equals and name.startswith("--"):
         return
-    if is_key:
+    if is_key and name.startswith("--"):
         raise GptfitError(f"{name} has no value", f"write it as {key}=VALUE, or --{key}=VALUE")
     options = [
         option for parameter in context.command.params for option in (*parameter.opts, *parameter.secondary_opts)
     ]
     known = [option for option in options if option.startswith("--")] + [f"--{key}" for key in KEYS]
     raise GptfitError(f'unknown option "{name[:60]}"{nearest(name[:60], known)}', f"see: {context.command_path} --help")
-
-
-def read_source(context: typer.Context, words: Sequence[str] | None) -> "ConfigSource":
-    """The run that the words of a command line describe."""
-    from gptfit.door import read_config
-
-    return read_config(*split_words(context, words))
 
 
 def program_of(program: str | None, source: "ConfigSource | None" = None) -> str:
@@ -128,9 +121,3 @@ def program_of(program: str | None, source: "ConfigSource | None" = None) -> str
     if program not in PROGRAMS:
         raise GptfitError(f'unknown program "{program[:60]}"{nearest(program[:60], PROGRAMS)}', "gptfit or nanogpt")
     return program
-
-
-def typed(command: str, words: Sequence[str] | None) -> str:
-    """The command line as it can be typed again: `gptfit train gpt2 batch_size=8`, or the words alone."""
-    start = ["gptfit", command] if command else []
-    return shlex.join([*start, *(words or ())])

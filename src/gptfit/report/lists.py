@@ -11,8 +11,9 @@ from gptfit.report.terminal import BAD, GOOD, QUIET, commands, headline, live_ro
 from gptfit.units import format_bytes, format_mib
 
 if TYPE_CHECKING:
+    from gptfit.accuracy import Accuracy, Compared
+    from gptfit.asked import Asked
     from gptfit.estimate import Estimate
-    from gptfit.gpus import GpuProfile
     from gptfit.levers import LeverEffect
     from gptfit.oom.diagnose import Diagnosis
     from gptfit.prepare import Prepared
@@ -42,49 +43,16 @@ def models_json(presets: Iterable[tuple["Preset", int]]) -> dict[str, object]:
     }
 
 
-def gpus_view(profiles: Iterable["GpuProfile"]) -> Iterator[RenderableType]:
-    """Cards with the memory that PyTorch sees on them."""
-    rows = [(card.name, format_bytes(card.total_bytes), card.compute_capability, card.title) for card in profiles]
-    yield table(("name", "memory", "cc", "card"), rows, right=("memory", "cc"))
-    yield from commands(("gptfit gpus rtx4070", "gptfit plan --gpu rtx4070"))
-
-
-def gpu_view(profile: "GpuProfile") -> Iterator[RenderableType]:
-    """One card's figures, each with its source."""
-    yield Text(f"{profile.title} ({profile.name}), compute capability {profile.compute_capability}", style="bold")
-    rows = []
-    for key, source in profile.sources.items():
-        value = getattr(profile, key)
-        rows.append((key, figure_text(key, value), source))
-    yield table(("", " ", "source"), rows)
-    yield from commands((f"gptfit plan --gpu {profile.name}",))
-
-
-def figure_text(key: str, value: object) -> str:
-    """A figure of a profile with its unit."""
-    if isinstance(value, int) and key.endswith("_bytes"):
-        return format_bytes(value)
-    if isinstance(value, float):
-        return f"{value:.4g} {'bytes/s' if key.endswith('_per_second') else ''}".rstrip()
-    if isinstance(value, int):
-        return f"{value}"
-    rates = dict(value) if isinstance(value, Iterable) else {}
-    return "\n".join(f"{name} {rate:.4g}" for name, rate in rates.items() if rate is not None)
-
-
-def gpus_json(profiles: Iterable["GpuProfile"]) -> dict[str, object]:
-    """The object that `gptfit gpus --json` prints."""
-    return {"schema": "gptfit.gpus/1", "gpus": [profile.model_dump(mode="json") for profile in profiles]}
-
-
-def refusal_view(estimate: "Estimate", levers: Sequence["LeverEffect"], asked: str) -> Iterator[RenderableType]:
+def refusal_view(estimate: "Estimate", levers: Sequence["LeverEffect"], asked: "Asked") -> Iterator[RenderableType]:
     """Why `gptfit train` does not start, and what would make the run fit."""
     yield headline(estimate.verdict, margin_text(estimate))
     yield Text(f"Its peak is in {estimate.phase} ({estimate.op}); the largest of what is alive then:")
     yield live_rows(estimate, 3)
     enough = [lever for lever in levers if lever.fits]
     yield from levers_view(enough or levers, verbose=False)
-    yield from commands((f"{asked} --auto-fit", f"{asked} --force    (train it all the same)"))
+    yield from commands(
+        (asked.gptfit("train", {}, "--auto-fit"), f"{asked.gptfit('train', {}, '--force')}    (train it all the same)")
+    )
 
 
 def verification_view(answer: "Verification") -> Iterator[RenderableType]:
@@ -157,3 +125,37 @@ def diagnosis_view(answer: "Diagnosis") -> Iterator[RenderableType]:
     yield from (Text(f"note: {warning}", style=QUIET) for warning in answer.warnings)
     if answer.estimate is None and answer.facts.kind != "not_oom":
         yield from commands(("gptfit explain-oom FILE --config gpt2 batch_size=12    (says by how much)",))
+
+
+RIGHT = ("measured", "predicted", "%")
+
+
+def _compared(row: "Compared") -> tuple[str, str, str, str]:
+    """One row; a verdict has no figures."""
+    measured = "" if row.measured_bytes is None else format_mib(row.measured_bytes)
+    predicted = "" if row.predicted_bytes is None else format_mib(row.predicted_bytes)
+    if row.error is None:
+        return row.id, measured, predicted, "right" if row.right else "wrong"
+    return row.id, measured, predicted, f"{100 * row.error:+.2f}"
+
+
+def accuracy_view(answer: "Accuracy", verbose: bool) -> Iterator[RenderableType]:
+    """Whether the gates hold, the errors by class, and the rows."""
+    missed = answer.missed()
+    compared = [row for row in answer.rows if row.role != "excluded"]
+    word, style = ("Missed: ", BAD) if missed else ("Holds: ", GOOD)
+    yield Text.assemble(
+        (word, style), f"{len(compared)} measurements compared, {len(missed)} outside of what is allowed"
+    )
+    if missed:
+        yield title("Outside")
+        yield from (Text(f"  {line}") for line in missed)
+    for kind in sorted({row.kind for row in compared}):
+        yield title(f"{kind}: measured and predicted in MiB, the difference in per cent of the measured")
+        yield table(("", *RIGHT), [_compared(row) for row in compared if row.kind == kind], right=RIGHT)
+    excluded = [row for row in answer.rows if row.role == "excluded"]
+    if excluded and verbose:
+        yield title("Not compared")
+        yield table(("row", "why"), [(row.id, row.reason) for row in excluded])
+    elif excluded:
+        yield Text(f"{len(excluded)} more are not compared; -v says why", style=QUIET)

@@ -34,7 +34,7 @@ def show(view: Iterable["RenderableType"]) -> None:
     console.width = min(console.width, MAX_WIDTH)
     with console.capture() as captured:
         for part in view:
-            console.print(part)
+            console.print(part, soft_wrap=bool(getattr(part, "no_wrap", False)))
     write("".join(f"{line.rstrip()}\n" for line in captured.get().splitlines()))
 
 
@@ -47,7 +47,7 @@ def write_json(answer: Mapping[str, object]) -> None:
 
 def write(text: str) -> None:
     """Text to stdout; what its encoding lacks is written in ASCII. Raises BrokenPipeError once nobody reads."""
-    encoding = sys.stdout.encoding or "ascii"
+    encoding = sys.stdout.encoding or "utf-8"
     try:
         text.encode(encoding)
     except UnicodeEncodeError:

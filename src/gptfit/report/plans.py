@@ -5,6 +5,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from rich.console import RenderableType
 from rich.text import Text
 
+from gptfit.asked import Asked
+from gptfit.door import ConfigSource
 from gptfit.estimate import Estimate
 from gptfit.levers import LeverEffect
 from gptfit.plan import Plan
@@ -28,10 +30,12 @@ MAX_CANDIDATES = 5
 NANOGPT_KEYS = {"batch_size", "gradient_accumulation_steps", "compile", "dtype", "block_size"}
 
 
-def plan_view(plan: Plan, asked: str, saved: str | None = None, verbose: bool = False) -> Iterator[RenderableType]:
+def plan_view(
+    plan: Plan, source: ConfigSource, asked: Asked, saved: str | None = None, verbose: bool = False
+) -> Iterator[RenderableType]:
     """The best run that fits, what it changes, the runners-up, and what each single change would do.
 
-    `asked` is the CONFIG and the overrides as typed, `saved` the file that the choice was written to.
+    `source` is what was planned, `asked` how it was typed, `saved` the file that the choice was written to.
     """
     best, given = plan.estimate, plan.as_given
     if best is None:
@@ -55,7 +59,7 @@ def plan_view(plan: Plan, asked: str, saved: str | None = None, verbose: bool = 
     yield from candidates_view(plan)
     yield from levers_view(plan.levers, verbose)
     yield from (Text(f"note: {note}", style=QUIET) for note in plan.notes)
-    yield from commands(next_lines(plan, asked, saved))
+    yield from commands(next_lines(plan, source, asked, saved))
 
 
 def changed_rows(given: Estimate, best: Estimate) -> RenderableType:
@@ -79,8 +83,8 @@ def candidates_view(plan: Plan) -> Iterator[RenderableType]:
     rows = [
         (
             *(f"{candidate.choice.get(key)}" for key in keys),
-            format_bytes(candidate.reserved_bytes),
-            f"{candidate.speed.tokens_per_second:,.0f}",
+            format_bytes(candidate.estimate.reserved_bytes),
+            f"{candidate.estimate.speed.tokens_per_second:,.0f}" if candidate.estimate.speed else "",
         )
         for candidate in shown
     ]
@@ -119,13 +123,11 @@ def change_text(change: Mapping[str, object]) -> str:
     return " ".join(f"{key}={value}" for key, value in change.items())
 
 
-def next_lines(plan: Plan, asked: str, saved: str | None) -> Iterator[str]:
+def next_lines(plan: Plan, source: ConfigSource, asked: Asked, saved: str | None) -> Iterator[str]:
     """Commands that use the answer."""
-    given, change = plan.as_given, plan.smallest_change
-    if given is not None and given.program == "nanogpt" and change is not None and set(change.change) <= NANOGPT_KEYS:
-        options = " ".join(f"--{key}={value}" for key, value in change.change.items())
-        yield f"python train.py {asked} {options}    (nanoGPT itself, the smallest change that fits)"
-    if plan.run is None or plan.choice is None:
-        return
-    changes = {key: value for key, value in plan.choice.items() if given is None or given.config.get(key) != value}
-    yield f"gptfit train {saved}" if saved else " ".join(f"gptfit train {asked} {change_text(changes)}".split())
+    change = plan.smallest_change
+    if source.program == "nanogpt" and change is not None and set(change.change) <= NANOGPT_KEYS:
+        yield f"{asked.nanogpt(change.change)}    (the smallest change that fits)"
+    if plan.choice is not None:
+        changes = {key: value for key, value in plan.choice.items() if getattr(source.run, key) != value}
+        yield f"gptfit train {saved}" if saved else asked.gptfit("train", changes)

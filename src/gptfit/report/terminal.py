@@ -11,10 +11,12 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from gptfit.asked import Asked
 from gptfit.estimate import Estimate, Speed
 from gptfit.units import format_bytes, format_mib
 
 if TYPE_CHECKING:
+    from gptfit.card import Card
     from gptfit.door import ConfigSource
 
 GOOD, BAD, QUIET = "bold green", "bold red", "dim"
@@ -23,6 +25,7 @@ VERDICTS = {"fits": ("Fits: ", GOOD), "does_not_fit": ("Does not fit: ", BAD)}
 
 # Rows of a live set: enough for what decides, few enough to be read.
 MAX_ROWS = 10
+NOTHING_TYPED = Asked()
 BAR_WIDTH = 24
 
 
@@ -100,6 +103,8 @@ def memory_rows(estimate: Estimate) -> RenderableType:
     rows.append(("the process", format_mib(estimate.process_bytes), ""))
     if budget is not None:
         rows.append((f"usable on {budget.name}", format_mib(budget.usable_bytes), bar(budget.usable_bytes, full)))
+        if budget.reserve_bytes:
+            rows.append(("left to others, --reserve", format_mib(budget.reserve_bytes), ""))
     return table(("", "MiB", " "), rows, right=("MiB",))
 
 
@@ -125,9 +130,9 @@ def speed_text(speed: Speed) -> str:
 
 
 def estimate_view(
-    estimate: Estimate, other: Estimate | None = None, asked: str = "", verbose: bool = False
+    estimate: Estimate, other: Estimate | None = None, asked: Asked = NOTHING_TYPED, verbose: bool = False
 ) -> Iterator[RenderableType]:
-    """One run's memory. `other` is the same run under another program's code, `asked` its CONFIG and overrides."""
+    """One run's memory. `other` is the same run under another program's code."""
     yield headline(estimate.verdict, margin_text(estimate))
     yield Text(run_text(estimate))
     yield title(f"Memory at the peak, in {estimate.phase} ({estimate.op})")
@@ -147,17 +152,17 @@ def estimate_view(
     yield from commands(next_lines(estimate, asked))
 
 
-def next_lines(estimate: Estimate, asked: str) -> Iterator[str]:
+def next_lines(estimate: Estimate, asked: Asked) -> Iterator[str]:
     """Commands that use the answer."""
     gpu = estimate.budget.name if estimate.budget else "rtx4070"
-    yield " ".join(f"gptfit plan {asked} --gpu {gpu}".split())
+    yield asked.gptfit("plan", {}, "--gpu", gpu)
     if estimate.verdict == "fits" and estimate.program == "gptfit":
-        yield f"gptfit train {asked}".rstrip()
+        yield asked.gptfit("train")
 
 
-def notes_view(source: "ConfigSource", verbose: bool) -> Iterator[RenderableType]:
-    """What the config implied, and the keys in it that bear on neither memory nor speed."""
-    for note in source.notes:
+def notes_view(source: "ConfigSource", card: "Card | None", verbose: bool) -> Iterator[RenderableType]:
+    """What the config implied and the card holds, and the keys that bear on neither memory nor speed."""
+    for note in (*source.notes, *(card.notes if card else ())):
         yield Text(f"note: {note}", style=QUIET)
     if source.ignored and verbose:
         yield Text("without effect on memory and speed:", style=QUIET)
