@@ -1,0 +1,154 @@
+"""What is printed: columns that add up, widths that hold, and text that any terminal or pipe can take."""
+
+import contextlib
+import io
+import json
+import re
+import sys
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gptfit.asked import Asked
+from gptfit.config import make_run
+from gptfit.door import ConfigSource, read_config
+from gptfit.estimate import estimate
+from gptfit.gpus import all_gpus, load_gpu
+from gptfit.plan import plan
+from gptfit.report import cards, output
+from gptfit.report.plans import delta_text, plan_view
+from gptfit.report.terminal import estimate_view, notes_view, shares
+from gptfit.units import MiB, format_mib
+
+FIGURE = re.compile(r"-?[\d,]+\.\d")
+
+
+def shown(*views: Any, width: int = 80) -> str:
+    """What the views print on a pipe of that width."""
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setenv("COLUMNS", str(width))
+        for view in views:
+            output.show(view)
+    return printed.getvalue()
+
+
+def figures(text: str) -> dict[str, float]:
+    """The MiB figure of each row, by the row's first words."""
+    rows = {}
+    for line in text.splitlines():
+        found = FIGURE.findall(line)
+        if line.startswith("  ") and found:
+            rows[re.split(r"\s{2,}", line.strip())[0]] = float(found[-1].replace(",", ""))
+    return rows
+
+
+RUNS = st.fixed_dictionaries(
+    {
+        "n_layer": st.integers(1, 4),
+        "n_embd": st.sampled_from([96, 768]),
+        "batch_size": st.integers(1, 64),
+        "block_size": st.sampled_from([64, 1000, 1024]),
+        "gradient_accumulation_steps": st.integers(1, 8),
+        "loss": st.sampled_from(["full", "chunked"]),
+        "dtype": st.sampled_from(["float32", "bfloat16"]),
+        "optimizer": st.sampled_from(["adamw", "sgd", "adamw8bit"]),
+        "compile": st.just(False),
+    }
+)
+CARDS = st.sampled_from([None, "rtx4070", "gtx1650", "h100-sxm"])
+
+
+@settings(max_examples=25, deadline=None)
+@given(values=RUNS, card=CARDS)
+def test_printed_columns_add_up(values: dict[str, Any], card: str | None) -> None:
+    answer = estimate(make_run(values), "gptfit", load_gpu(card) if card else None)
+    text = shown(estimate_view(answer, asked=Asked("gpt2")))
+    process, _, tensors = text.partition("alive then")
+    parts, rows = figures(process), figures(tensors.split("tokens/s")[0])
+    # Each figure is rounded to a tenth.
+    parts.pop("usable on " + (card or ""), None)
+    assert parts.pop("the process") == pytest.approx(sum(parts.values()), abs=0.05 * len(parts) + 0.06)
+    total = rows.pop("allocated")
+    assert total == pytest.approx(answer.allocated_bytes / MiB, abs=0.06)
+    assert len(rows) <= 11
+    assert sum(n_bytes for _, n_bytes in shares(answer)) == answer.process_bytes
+    verdict = {"fits": "Fits: ", "does_not_fit": "Does not fit: ", None: "Needs "}[answer.verdict]
+    assert text.startswith(verdict)
+
+
+def all_views(width: int) -> str:
+    source = read_config("gpt2", ["batch_size=16", "n_layer=2"])
+    source = ConfigSource(
+        source.run, "gpt2", program="nanogpt", ignored={"out_dir": "out_dir = 'x'"}, notes=("a note",)
+    )
+    profile = load_gpu("rtx4070")
+    answer = estimate(source.run, "gptfit", profile)
+    return shown(
+        estimate_view(answer, estimate(source.run, "nanogpt", profile), Asked("gpt2"), verbose=True),
+        plan_view(plan(source, profile), source, Asked("gpt2"), verbose=True),
+        notes_view(source, None, verbose=True),
+        cards.gpu_view(profile),
+        cards.seen_view([]),
+        width=width,
+    )
+
+
+@pytest.mark.parametrize("width", [40, 80])
+def test_no_line_is_wider_than_the_pipe(width: int) -> None:
+    lines = all_views(width).splitlines()
+    # What is to be copied is not wrapped.
+    wide = [line for line in lines if len(line) > width and not line.startswith(("  gptfit ", "  python "))]
+    assert wide == []
+
+
+def test_a_pipe_gets_no_colours_and_no_trailing_spaces() -> None:
+    text = all_views(80)
+    assert "\x1b" not in text
+    assert [line for line in text.splitlines() if line != line.rstrip()] == []
+    assert text.endswith("\n") and not text.endswith("\n\n")
+
+
+def test_a_terminal_without_unicode_gets_ascii(monkeypatch: pytest.MonkeyPatch) -> None:
+    unicode_text = all_views(80)
+    assert not unicode_text.isascii()
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    output.write(unicode_text)
+    plain = raw.getvalue().decode("ascii")
+    assert "?" not in plain, "a letter has no plain form"
+    assert plain.splitlines()[0] == unicode_text.splitlines()[0]
+
+
+def test_json_is_one_object_of_finite_numbers(capsys: pytest.CaptureFixture[str]) -> None:
+    output.respond(True, lambda: {"schema": "x", "name": "ü×"}, [])
+    assert json.loads(capsys.readouterr().out) == {"schema": "x", "name": "ü×"}
+    with pytest.raises(ValueError, match="JSON"):
+        output.write_json({"x": float("inf")})
+
+
+@given(st.integers(-(1 << 45), 1 << 45))
+def test_a_difference_has_its_sign_or_is_nothing(delta_bytes: int) -> None:
+    text = delta_text(delta_bytes)
+    if text == "0":
+        assert abs(delta_bytes) <= 0.05 * MiB
+    else:
+        assert text[0] == ("+" if delta_bytes > 0 else "-")
+        assert text.lstrip("+-") == format_mib(abs(delta_bytes))
+
+
+def test_every_card_can_be_shown() -> None:
+    for profile in all_gpus():
+        text = shown(cards.gpu_view(profile))
+        assert all(key in text for key in profile.sources), profile.name
+
+
+def test_what_to_type_keeps_what_was_typed() -> None:
+    asked = Asked("my config.py", ("--batch_size=8", "n_layer=2"))
+    assert asked.gptfit("train", {"batch_size": 4}) == "gptfit train 'my config.py' batch_size=4 n_layer=2"
+    assert asked.nanogpt({"compile": True}) == (
+        "python train.py 'my config.py' --batch_size=8 --n_layer=2 --compile=True"
+    )
+    assert Asked().gptfit("plan", {}, "--gpu", "rtx4070") == "gptfit plan --gpu rtx4070"
