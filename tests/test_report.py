@@ -18,8 +18,8 @@ from gptfit.estimate import estimate
 from gptfit.gpus import all_gpus, load_gpu
 from gptfit.plan import plan
 from gptfit.report import cards, output
-from gptfit.report.plans import delta_text, plan_view
-from gptfit.report.terminal import estimate_view, notes_view, shares
+from gptfit.report.plans import after_plan, delta_text, plan_view
+from gptfit.report.terminal import after_estimate, estimate_view, notes_view, shares
 from gptfit.units import MiB, format_mib
 
 FIGURE = re.compile(r"-?[\d,]+\.\d")
@@ -65,7 +65,7 @@ CARDS = st.sampled_from([None, "rtx4070", "gtx1650", "h100-sxm"])
 @given(values=RUNS, card=CARDS)
 def test_printed_columns_add_up(values: dict[str, Any], card: str | None) -> None:
     answer = estimate(make_run(values), "gptfit", load_gpu(card) if card else None)
-    text = shown(estimate_view(answer, asked=Asked("gpt2")))
+    text = shown(estimate_view(answer))
     process, _, tensors = text.partition("alive then")
     parts, rows = figures(process), figures(tensors.split("tokens/s")[0])
     # Each figure is rounded to a tenth.
@@ -85,11 +85,13 @@ def all_views(width: int) -> str:
         source.run, "gpt2", program="nanogpt", ignored={"out_dir": "out_dir = 'x'"}, notes=("a note",)
     )
     profile = load_gpu("rtx4070")
-    answer = estimate(source.run, "gptfit", profile)
+    answer, planned = estimate(source.run, "gptfit", profile), plan(source, profile)
     return shown(
-        estimate_view(answer, estimate(source.run, "nanogpt", profile), Asked("gpt2"), verbose=True),
-        plan_view(plan(source, profile), source, Asked("gpt2"), verbose=True),
+        estimate_view(answer, estimate(source.run, "nanogpt", profile), verbose=True),
+        after_estimate(answer, Asked("gpt2")),
+        plan_view(planned, verbose=True),
         notes_view(source, None, verbose=True),
+        after_plan(planned, source, Asked("gpt2"), None),
         cards.gpu_view(profile),
         cards.seen_view([]),
         width=width,

@@ -133,7 +133,7 @@ def plan(
     from gptfit.door import read_config
     from gptfit.plan import plan as make_plan
     from gptfit.report.output import respond
-    from gptfit.report.plans import plan_view
+    from gptfit.report.plans import after_plan, plan_view
     from gptfit.report.terminal import notes_view
 
     asked = asked_for(context, words)
@@ -145,7 +145,8 @@ def plan(
         from gptfit.door import save_run
 
         save_run(answer.run, save, asked.gptfit("plan", {}, "--gpu", card.profile.name))
-    respond(json, answer.to_json, plan_view(answer, source, asked, save, verbose), notes_view(source, card, verbose))
+    view = plan_view(answer, verbose), notes_view(source, card, verbose), after_plan(answer, source, asked, save)
+    respond(json, answer.to_json, *view)
     return YES if answer.verdict == "fits" else NO
 
 
@@ -164,7 +165,7 @@ def estimate(
     from gptfit.door import read_config
     from gptfit.estimate import estimate as make_estimate
     from gptfit.report.output import respond
-    from gptfit.report.terminal import estimate_view, notes_view
+    from gptfit.report.terminal import after_estimate, estimate_view, notes_view
 
     asked = asked_for(context, words)
     source = read_config(asked.config, asked.overrides)
@@ -174,7 +175,8 @@ def estimate(
     # A config written for nanoGPT is answered for both programs: its owner may train it with either.
     both = program is None and source.program == "nanogpt" and not json
     other = make_estimate(source.run, "gptfit", *on_card) if both else None
-    respond(json, answer.to_json, estimate_view(answer, other, asked, verbose), notes_view(source, card, verbose))
+    view = estimate_view(answer, other, verbose), notes_view(source, card, verbose), after_estimate(answer, asked)
+    respond(json, answer.to_json, *view)
     return NO if answer.verdict == "does_not_fit" else YES
 
 

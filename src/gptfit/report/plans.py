@@ -13,6 +13,7 @@ from gptfit.plan import Plan
 from gptfit.report.terminal import (
     QUIET,
     commands,
+    hanging,
     headline,
     live_rows,
     margin_text,
@@ -30,13 +31,8 @@ MAX_CANDIDATES = 5
 NANOGPT_KEYS = {"batch_size", "gradient_accumulation_steps", "compile", "dtype", "block_size"}
 
 
-def plan_view(
-    plan: Plan, source: ConfigSource, asked: Asked, saved: str | None = None, verbose: bool = False
-) -> Iterator[RenderableType]:
-    """The best run that fits, what it changes, the runners-up, and what each single change would do.
-
-    `source` is what was planned, `asked` how it was typed, `saved` the file that the choice was written to.
-    """
+def plan_view(plan: Plan, verbose: bool = False) -> Iterator[RenderableType]:
+    """The best run that fits, what it changes, the runners-up, and what each single change would do."""
     best, given = plan.estimate, plan.as_given
     if best is None:
         yield headline("does_not_fit", f"no run of this model fits {plan.budget.name}")
@@ -59,7 +55,6 @@ def plan_view(
     yield from candidates_view(plan)
     yield from levers_view(plan.levers, verbose)
     yield from (Text(f"note: {note}", style=QUIET) for note in plan.notes)
-    yield from commands(next_lines(plan, source, asked, saved))
 
 
 def changed_rows(given: Estimate, best: Estimate) -> RenderableType:
@@ -103,14 +98,14 @@ def levers_view(levers: Sequence[LeverEffect], verbose: bool) -> Iterator[Render
             delta_text(lever.delta_bytes),
             "" if lever.delta_seconds_pct is None else f"{lever.delta_seconds_pct:+.0f} %",
             "fits" if lever.fits else "",
-            *((lever.why,) if verbose else ()),
         )
         for lever in levers
     ]
-    columns = ("change", "MiB", "time", " ", *(("why",) if verbose else ()))
-    yield table(columns, rows, right=("MiB", "time"))
+    yield table(("change", "MiB", "time", " "), rows, right=("MiB", "time"))
     if any(lever.changes_numerics for lever in levers):
         yield Text("  * changes the numbers of training, not only its memory", style=QUIET)
+    if verbose:
+        yield from (hanging(f"{change_text(lever.change)}: {lever.why}") for lever in levers)
 
 
 def delta_text(delta_bytes: int) -> str:
@@ -123,8 +118,12 @@ def change_text(change: Mapping[str, object]) -> str:
     return " ".join(f"{key}={value}" for key, value in change.items())
 
 
+def after_plan(plan: Plan, source: ConfigSource, asked: Asked, saved: str | None) -> Iterator[RenderableType]:
+    """Commands that use the plan: `source` is what was planned, `asked` how it was typed, `saved` where it went."""
+    yield from commands(next_lines(plan, source, asked, saved))
+
+
 def next_lines(plan: Plan, source: ConfigSource, asked: Asked, saved: str | None) -> Iterator[str]:
-    """Commands that use the answer."""
     change = plan.smallest_change
     if source.program == "nanogpt" and change is not None and set(change.change) <= NANOGPT_KEYS:
         yield f"{asked.nanogpt(change.change)}    (the smallest change that fits)"

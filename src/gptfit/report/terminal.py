@@ -25,7 +25,6 @@ VERDICTS = {"fits": ("Fits: ", GOOD), "does_not_fit": ("Does not fit: ", BAD)}
 
 # Rows of a live set: enough for what decides, few enough to be read.
 MAX_ROWS = 10
-NOTHING_TYPED = Asked()
 BAR_WIDTH = 24
 
 
@@ -56,6 +55,11 @@ def commands(lines: Iterable[str], heading: str = "Next") -> Iterator[Renderable
         yield title(heading)
     for line in lines:
         yield Text(f"  {line}", no_wrap=True, overflow="ignore")
+
+
+def hanging(text: str) -> RenderableType:
+    """An indented line; what does not fit goes on below it, indented too."""
+    return Padding(Text(text), (0, 0, 0, 2))
 
 
 def margin_text(estimate: Estimate) -> str:
@@ -129,9 +133,7 @@ def speed_text(speed: Speed) -> str:
     )
 
 
-def estimate_view(
-    estimate: Estimate, other: Estimate | None = None, asked: Asked = NOTHING_TYPED, verbose: bool = False
-) -> Iterator[RenderableType]:
+def estimate_view(estimate: Estimate, other: Estimate | None = None, verbose: bool = False) -> Iterator[RenderableType]:
     """One run's memory. `other` is the same run under another program's code."""
     yield headline(estimate.verdict, margin_text(estimate))
     yield Text(run_text(estimate))
@@ -148,12 +150,15 @@ def estimate_view(
         yield Text(f"\nUnder {other.program}'s code the same run {word or 'needs '}{margin_text(other)}.")
     if verbose:
         yield title("Assumed")
-        yield from (Text(f"  {line}") for line in estimate.assumptions)
+        yield from map(hanging, estimate.assumptions)
+
+
+def after_estimate(estimate: Estimate, asked: Asked) -> Iterator[RenderableType]:
+    """Commands that use the estimate; `asked` is how its run was typed."""
     yield from commands(next_lines(estimate, asked))
 
 
 def next_lines(estimate: Estimate, asked: Asked) -> Iterator[str]:
-    """Commands that use the answer."""
     gpu = estimate.budget.name if estimate.budget else "rtx4070"
     yield asked.gptfit("plan", {}, "--gpu", gpu)
     if estimate.verdict == "fits" and estimate.program == "gptfit":
