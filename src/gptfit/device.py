@@ -4,6 +4,10 @@ import os
 import sys
 from dataclasses import dataclass
 
+# OpenMP reads it when torch is loaded. Its threads otherwise spin while they wait for one another, which on a
+# CPU that others use too makes a step several times longer; on an idle one waiting quietly is as fast.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import torch
 
 from gptfit.config import RunConfig, derive
@@ -13,6 +17,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 # The names under which torch reads allocator settings, the documented one first.
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+
+EXPANDABLE = "expandable_segments:True"
 
 # Triton, in which compiled GPU code is written, wants compute capability 7.0; bf16 arithmetic is there from 8.0 on.
 COMPILE_CAPABILITY = (7, 0)
@@ -29,7 +35,7 @@ class HeldMemory:
 
 
 def set_expandable_segments(wanted: bool) -> None:
-    """Asks torch's CUDA allocator for expandable segments. Must run before CUDA starts; later it does nothing.
+    """Asks torch's CUDA allocator for expandable segments: best before CUDA starts, else from the next segment on.
 
     A setting that the user made in the environment stays. Linux only: elsewhere torch has none and warns.
     """
@@ -37,10 +43,13 @@ def set_expandable_segments(wanted: bool) -> None:
         return
     given = [name for name in ALLOCATOR_VARIABLES if os.environ.get(name)]
     settings = os.environ[given[0]] if given else ""
-    if "expandable_segments" not in settings:
-        os.environ[given[0] if given else ALLOCATOR_VARIABLES[0]] = ",".join(
-            part for part in (settings, "expandable_segments:True") if part
-        )
+    if "expandable_segments" in settings:
+        return
+    os.environ[given[0] if given else ALLOCATOR_VARIABLES[0]] = ",".join(
+        part for part in (settings, EXPANDABLE) if part
+    )
+    if torch.cuda.is_initialized():  # the environment has been read by then
+        torch.cuda.memory._set_allocator_settings(EXPANDABLE)
 
 
 def pick_device(name: str = "") -> torch.device:
