@@ -90,7 +90,7 @@ def runs(draw: st.DrawFn) -> RunConfig:
             "optimizer": draw(st.sampled_from(("adamw", "adamw8bit", "adafactor", "lion", "muon", "sgd"))),
             "optimizer_impl": draw(st.sampled_from(("fused", "foreach", "for-loop"))),
             "grad_clip": draw(st.sampled_from((0.0, 1.0))),
-            "compile": False,
+            "compile": draw(st.booleans()),
         }
     )
 

@@ -209,11 +209,11 @@ class Writer:
             node.saved = ()
             for target, result in zip(node.inputs, results, strict=True):
                 if target is not None and result is not None:
-                    self._deliver(target, result, grads)
+                    self.deliver(target, result, grads)
             results = result = None
         self.shift = 0
 
-    def _deliver(self, target: Node, result: Tensor, grads: dict[Node, Tensor]) -> None:
+    def deliver(self, target: Node, result: Tensor, grads: dict[Node, Tensor]) -> None:
         """Adds `result` to what has arrived for `target`: in place where the engine holds the only reference
         (autograd/input_buffer.cpp, can_accumulate_inplace), else into a new tensor."""
         if target.joins:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 
+from gptfit.config import RunConfig
 from gptfit.memory import ops
 from gptfit.memory.attention import flash_attention, math_attention, rotate, split_heads, tables
 from gptfit.memory.autograd import Storage, Tensor, Writer
@@ -94,7 +95,7 @@ class Ours(Program):
         weight = self.parameter(name, (run.vocab_size, run.n_embd))
         w.mark("loss", "loss" if w.training else "evaluation")
         if run.loss == "chunked":
-            return chunked_cross_entropy(self, x, weight), []
+            return chunked_cross_entropy(w, run, x, weight), []
         logits = ops.linear(w, x, ops.cast(w, weight, run.dtype), None, "lm_head", "logits")
         logits = ops.cast(w, logits, "float32", "logits as float32")
         if run.logit_softcap:
@@ -146,9 +147,8 @@ def rms_norm(program: Ours, x: Tensor, weight: Tensor | None, name: str) -> Tens
     return out
 
 
-def chunked_cross_entropy(program: Ours, x: Tensor, weight: Tensor) -> Tensor:
+def chunked_cross_entropy(w: Writer, run: RunConfig, x: Tensor, weight: Tensor) -> Tensor:
     """loss.chunked_cross_entropy: gradients made in the forward, one chunk's logits alive at a time."""
-    w, run = program.w, program.run
     n_tokens = run.batch_size * run.block_size
     n_embd, vocab, low = run.n_embd, run.vocab_size, run.dtype
     w.flops += 2 * n_tokens * n_embd * vocab
@@ -163,7 +163,7 @@ def chunked_cross_entropy(program: Ours, x: Tensor, weight: Tensor) -> Tensor:
     for n_chunks, rows in ((full, run.loss_chunk_size), (1 if rest else 0, rest)):
         if n_chunks:
             with w.repeated(min(n_chunks, 2)):  # from the second full chunk on nothing new happens
-                one_chunk(program, rows, with_grad)
+                one_chunk(w, run, rows, with_grad)
     loss = w.empty("mean loss", "activation", (), "float32")
     del w_low, valid, total
     if grad_x is None or grad_w is None:
@@ -183,9 +183,8 @@ def chunked_cross_entropy(program: Ours, x: Tensor, weight: Tensor) -> Tensor:
     return loss
 
 
-def one_chunk(program: Ours, rows: int, with_grad: bool) -> None:
+def one_chunk(w: Writer, run: RunConfig, rows: int, with_grad: bool) -> None:
     """loss._chunk and the two products, line by line; an fp32 chunk is worked on in place."""
-    w, run = program.w, program.run
     low, cap = run.dtype, run.logit_softcap
 
     def column(label: str, dtype: str = "float32") -> Tensor:

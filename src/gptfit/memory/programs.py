@@ -124,9 +124,15 @@ class Program:
         y.node = w.record("checkpoint", (x.node,), (x.storage,), backward)
         return y
 
-    def backward(self, grads: dict[Node, Tensor]) -> None:
+    def backward(self, loss: Tensor) -> None:
         """Head, then the blocks downwards, then the embedding. The stream's gradient is handed through."""
         w = self.w
+        w.mark("loss", "loss backward")
+        root, loss.node = loss.node, None
+        assert root is not None
+        self.head_nodes += collect(w)
+        grads = {root: w.empty("loss gradient", "temporary", (), "float32")}
+        del root
         w.backward(self.head_nodes, grads)
         last = self.segments[-1].exit
         assert last is not None

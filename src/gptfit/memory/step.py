@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from gptfit.config import RunConfig, derive
 from gptfit.memory import ops, optimizers
 from gptfit.memory.autograd import Parameter, Writer
+from gptfit.memory.compiled import CompiledNanoGPT, CompiledOurs
 from gptfit.memory.nanogpt import NanoGPT
 from gptfit.memory.ours import Ours
-from gptfit.memory.programs import Program, collect
+from gptfit.memory.programs import Program
 from gptfit.memory.tape import Buffer, Event, Item, Loop, Mark, Tape, make_buffer
 
 PROGRAMS: dict[str, type[Program]] = {"nanogpt": NanoGPT, "gptfit": Ours}
+COMPILED: dict[str, type[Program]] = {"nanogpt": CompiledNanoGPT, "gptfit": CompiledOurs}
 LOSS = make_buffer("loss", "activation", (), "float32")
 
 
@@ -50,13 +52,7 @@ def micro_step(w: Writer, program: Program, kept: bool) -> tuple[list[Item], int
     saved_bytes = program.saved_bytes()
     loss = ops.scale(w, loss, LOSS.name)
     x, y = (w.empty(*buffer[:4]) for buffer in batch_buffers(run))
-    w.mark("loss", "loss backward")
-    root = loss.node  # GradScaler's scale, its tracker and the scaled loss are left out: three scalars, 1.5 KiB
-    assert root is not None
-    program.head_nodes += collect(w)
-    grads = {root: w.empty("loss gradient", "temporary", (), "float32")}
-    del root
-    program.backward(grads)
+    program.backward(loss)  # GradScaler's scale, its tracker and the scaled loss are left out: three scalars, 1.5 KiB
     for tensor in (*returned, loss, x, y):
         tensor.storage.forget()
     return [Event(1, tensor.storage.buffer) for tensor in (*returned, loss)], saved_bytes
@@ -64,9 +60,8 @@ def micro_step(w: Writer, program: Program, kept: bool) -> tuple[list[Item], int
 
 def evaluation(w: Writer, program: str, run: RunConfig) -> list[Item]:
     """One batch of the validation loss: no gradients, so each activation goes as soon as the next is there."""
-    twin = PROGRAMS[program](
-        w, derive(run, batch_size=run.eval_batch_size) if run.eval_batch_size != run.batch_size else run
-    )
+    own = derive(run, batch_size=run.eval_batch_size) if run.eval_batch_size != run.batch_size else run
+    twin = twin_of(program, w, own)
     w.grad_enabled = w.training = False
     x, y = (w.empty(*buffer[:4]) for buffer in batch_buffers(twin.run))
     loss, returned = twin.forward(x, y)
@@ -80,12 +75,16 @@ def batch_buffers(run: RunConfig) -> tuple[Buffer, Buffer]:
     return make_buffer("X", "buffer", shape, "int64"), make_buffer("Y", "buffer", shape, "int64")
 
 
+def twin_of(program: str, w: Writer, run: RunConfig) -> Program:
+    return (COMPILED if run.compile else PROGRAMS)[program](w, run)
+
+
 def pieces(run: RunConfig, program: str, whole: bool = True, kernels: bool = False) -> Pieces:
     """The pieces of `run` under `program`: for a steady step alone, or for a `whole` run with its first step and
     evaluation. With `kernels` also the scratch that kernels take from the allocator."""
     w = Writer(run.n_layer)
     w.kernels = kernels
-    twin = PROGRAMS[program](w, run)
+    twin = twin_of(program, w, run)
     micro: list[list[Item]] = []
     kept: list[Item] = []
     flops = saved = 0
