@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import HigherOrderOperator
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -61,10 +62,14 @@ class Recorder(TorchDispatchMode):
         self.targets: int | None = None
         self.places: dict[int, tuple[str, str]] = {}  # by autograd sequence number: path and phase of the forward op
         self.making_on_host = False
+        self.is_paused = False
+        self.kernel = ""
         self.host: set[int] = set()  # addresses of storages that code for a GPU has on the host
         self.sole_holders: tuple[int, int, int] | None = None
         self._references: dict[int, weakref.ref[Any]] = {}
         self._mark: Mark | None = None
+
+    supports_higher_order_operators = True
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -74,8 +79,10 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is torch.ops.prim.device.default:
+        if func is torch.ops.prim.device.default or self.is_paused:
             return func(*args, **(kwargs or {}))
+        if isinstance(func, HigherOrderOperator):
+            return self.higher_order(func, args, kwargs or {})
         if func is aten._local_scalar_dense.default:
             return self.scalar(args[0])
         kwargs = kwargs or {}
@@ -104,6 +111,31 @@ class Recorder(TorchDispatchMode):
         self.phase, self._mark = "setup", None
         self.notes.clear()
         self.places.clear()
+
+    def higher_order(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """An operator that runs another one. A saved state of the random generator is on the host."""
+        out = func(*args, **kwargs)
+        for tensor in tensors_in(out):
+            self.see(tensor, on_host=tensor.dtype == torch.uint8 and tensor.dim() == 1)
+        return out
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Nothing is recorded inside."""
+        self.is_paused = True
+        try:
+            yield
+        finally:
+            self.is_paused = False
+
+    @contextmanager
+    def within(self, kernel: str) -> Iterator[None]:
+        """What happens inside belongs to `kernel`, not to the op or the module that runs."""
+        self.kernel = kernel
+        try:
+            yield
+        finally:
+            self.kernel = ""
 
     def begin_forward(self, inputs: tuple[Tensor, ...]) -> None:
         """A forward starts. The loss begins where the last of several inputs, the targets, is first read."""
@@ -145,7 +177,7 @@ class Recorder(TorchDispatchMode):
             number = torch._C._autograd._get_sequence_nr()  # pyright: ignore[reportAttributeAccessIssue]
             self.places[number - 1] = (path, self.phase)
             op = f"{path}: {op}" if path else op
-        mark = Mark(self.phase, op)
+        mark = Mark(self.phase, self.kernel or op)
         if mark != self._mark:
             self._mark = mark
             self.notes.append(Note(0, mark=mark))

@@ -25,6 +25,7 @@ from gptfit.config import RunConfig
 from gptfit.cuda_kernels import CudaKernels
 from gptfit.device import DTYPES
 from gptfit.errors import GptfitError
+from gptfit.inductor_plan import plan_module
 from gptfit.memory.tape import Buffer, Peak, Tape, rounded
 from gptfit.model import GPT
 from gptfit.nanogpt_reference import NanoGPT
@@ -150,7 +151,7 @@ def saved_for_backward(job: Job) -> int:
 
 def trace_program(run: RunConfig, program: str = "gptfit", steps: int = 2, evaluation: bool = False) -> Traced:
     """The steady step of `run`, or an evaluation between steps, as that program's code runs it: the ground truth for
-    its estimate.
+    its estimate. With `run.compile` it takes some seconds: inductor's lowering runs, its kernels are not built.
 
     Raises GptfitError for an unknown program.
     """
@@ -169,7 +170,7 @@ def trace_module(
     steps: int = 2,
 ) -> Traced:
     """The steady step of any module: `make` builds it, `batch` its inputs; `run` says the autocast dtype, the
-    optimizer, clipping and accumulation (its model keys are not read).
+    optimizer, clipping, accumulation and whether it is compiled (its model keys are not read).
 
     `loss_of` takes the module's output; by default the loss is the output itself, its `loss`, or the scalar in it.
     The output stays alive until the next micro-step's is there, as in a loop that assigns it to a variable.
@@ -188,7 +189,10 @@ def trace_module(
                 recorder.label(tensor, f"input {index}", "buffer")
             return inputs
 
-        return training_job(run, recorder, make(), forward, labelled, autocast_of(run))
+        model = make()
+        if run.compile:
+            plan_module(model, recorder)
+        return training_job(run, recorder, model, forward, labelled, autocast_of(run))
 
     return trace_step(job, steps)
 
@@ -281,10 +285,13 @@ def get_batch(run: RunConfig, recorder: Recorder) -> tuple[Tensor, Tensor]:
 
 def nanogpt_job(run: RunConfig, recorder: Recorder) -> Job:
     """nanoGPT's model returns logits and loss, and its loop holds on to both."""
+    model = NanoGPT(run)
+    if run.compile:
+        plan_module(model, recorder)
     return training_job(
         run,
         recorder,
-        NanoGPT(run),
+        model,
         lambda model, inputs: model(*inputs),
         lambda: get_batch(run, recorder),
         autocast_of(run),
@@ -292,11 +299,14 @@ def nanogpt_job(run: RunConfig, recorder: Recorder) -> Job:
 
 
 def gptfit_job(run: RunConfig, recorder: Recorder) -> Job:
-    """gptfit's model returns the loss alone, and casts by itself."""
+    """gptfit's model returns the loss alone, and casts by itself. Compiled is what model.compile_model compiles."""
+    model = GPT(run)
+    if run.compile:
+        plan_module(model, recorder, "hidden" if run.loss == "chunked" else "forward")
     return training_job(
         run,
         recorder,
-        GPT(run),
+        model,
         lambda model, inputs: (None, model(*inputs)),
         lambda: get_batch(run, recorder),
         nullcontext(),
