@@ -12,7 +12,8 @@ Triton's choices in detail are not in it.
 
 import builtins
 import re
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -42,8 +43,11 @@ def plan_module(model: nn.Module, recorder: Recorder, method: str = "forward") -
     def call(*inputs: Tensor) -> Any:
         key = torch.is_grad_enabled()
         if key not in ready:
-            ready[key] = planned(functional, recorder)
-            with recorder.paused():
+            with (
+                recorder.paused(),
+                warnings.catch_warnings(action="ignore"),
+            ):  # they are about compiling, or torch's own
+                ready[key] = planned(functional, recorder)
                 lower_now(ready[key], list(own.values()), inputs)
         return ready[key](list(own.values()), *inputs)
 
@@ -156,7 +160,7 @@ def runnable(source: str, recorder: Recorder) -> Call:
     return call
 
 
-def first_kernels(lines: list[str]) -> dict[str, str]:
+def first_kernels(lines: Sequence[str]) -> dict[str, str]:
     """For each buffer the kernel that first touches it, by which it is named: `buf3: mm`."""
     kernels: dict[str, str] = {}
     for line in lines:
