@@ -102,7 +102,8 @@ class Compiled(Program):
         kept: list[Tensor] = []
         if run.position == "learned":
             w.parameter("wpe.weight", (run.block_size, run.n_embd), run.param_dtype)
-            kept.append(w.empty("pos_emb", "activation", (run.block_size, run.n_embd), run.param_dtype))
+            if run.batch_size > 2 and not run.dropout:  # then cheaper for the partitioner than the sum of both
+                kept.append(w.empty("pos_emb", "activation", (run.block_size, run.n_embd), run.param_dtype))
             kept.append(w.empty("pos", "activation", (run.block_size,), "int64"))
         return kept + self.mask("emb")
 
@@ -138,18 +139,12 @@ class Compiled(Program):
         """From the gradient of the final norm's output downwards. `tied_here`: the head's part of the embedding's
         gradient is made by this graph too, and summed in it."""
         w, run = self.w, self.run
-        c, qkv_width = run.n_embd, run.n_embd + 2 * run.n_kv_head * run.head_size
+        c = run.n_embd
         w.mark("blocks", "backward")
-        reused: list[Tensor | None] = [dx, w.empty("stream gradient", "temporary", self.shape(c), "float32")]
+        reused = [dx, w.empty("stream gradient", "temporary", self.shape(c), "float32")]
         self.gradients("ln_f")
         reused.append(w.empty("stream gradient in low precision", "temporary", self.shape(c), self.low))
         self.head_kept.clear()
-        reused.append(self.product((run.n_hidden, c)))
-        reused.append(w.empty("mlp gradient", "temporary", self.shape(run.n_hidden), self.low))
-        reused.append(w.empty("attention gradient", "temporary", self.shape(c), self.low))
-        reused.append(self.product((c, c)))
-        reused.append(w.empty("qkv gradient", "temporary", self.shape(qkv_width), self.low))
-        reused.append(self.product((qkv_width, c)))
         with w.loop(run.n_layer, reverse=True):
             w.mark("block")
             self.block_backward()
@@ -204,30 +199,39 @@ class Compiled(Program):
                 self.gradient(f"{module}.{part}")
 
     def block_backward(self) -> None:
-        run = self.run
+        """What one block makes and drops. What the next one reuses, `own`, is dropped at the end of this one."""
+        w, run = self.w, self.run
+        c = run.n_embd
+        own = [self.product((run.n_hidden, c))]
         self.drop("h.*.mlp.h", "h.*.mlp mask")
+        own.append(w.empty("mlp gradient", "temporary", self.shape(run.n_hidden), self.low))
+        self.drop("h.*.mlp.c_proj.weight")
         self.gradients("h.*.mlp.c_proj")
-        self.drop("h.*.mlp.c_proj.weight", "h.*.mlp.c_fc", "h.*.mlp.c_gate", "h.*.ln_2")
+        if run.mlp == "swiglu":
+            own.append(w.empty("mlp gate gradient", "temporary", self.shape(run.n_hidden), self.low))
+        self.drop("h.*.mlp.c_fc", "h.*.mlp.c_gate", "h.*.ln_2", "h.*.mlp.c_fc.weight", "h.*.mlp.c_gate.weight")
         for name in ("h.*.mlp.c_fc", "h.*.mlp.c_gate", "h.*.ln_2"):
             self.gradients(name)
-        self.drop(
-            "h.*.ln_2 normalised", "h.*.ln_2 rstd", "h.*.mlp.c_fc.weight", "h.*.mlp.c_gate.weight", "h.*.attn mask"
-        )
-        self.gradients("h.*.attn.c_proj")
+        self.drop("h.*.ln_2 normalised", "h.*.ln_2 rstd", "h.*.attn mask")
+        own.append(self.product((c, c)))
         self.drop("h.*.attn.c_proj.weight")
-        widths = (("q", run.n_head), ("k", run.n_kv_head), ("v", run.n_kv_head))
+        self.gradients("h.*.attn.c_proj")
         parts = [
-            self.w.empty(f"h.*.attn.y gradient of {part}", "temporary", self.shape(heads * run.head_size), self.low)
-            for part, heads in widths
+            w.empty(f"h.*.attn.y gradient of {part}", "temporary", self.shape(heads * run.head_size), self.low)
+            for part, heads in (("q", run.n_head), ("k", run.n_kv_head), ("v", run.n_kv_head))
         ]
-        if self.w.kernels and self.low != "float32":
+        if w.kernels and self.low != "float32":
             b, t = self.tokens
             rows, width = -(-t // 128) * 128, -(-run.head_size // 32) * 32 + 1
-            scratch = self.w.empty("h.*.attn.y dq accumulator", "workspace", (b, run.n_head, rows, width), "float32")
+            scratch = w.empty("h.*.attn.y dq accumulator", "workspace", (b, run.n_head, rows, width), "float32")
             del scratch
         self.drop("h.*.attn.y", "h.*.attn.y log-sum-exp", "h.*.attn.y random seed", "h.*.attn.y random offset")
         self.drop("h.*.attn.c_attn", "h.*.attn.q rotated", "h.*.attn.k rotated")
+        qkv_width = c + 2 * run.n_kv_head * run.head_size
+        own.append(w.empty("qkv gradient", "temporary", self.shape(qkv_width), self.low))
         parts.clear()
+        own.append(self.product((qkv_width, c)))
+        self.drop("h.*.ln_1", "h.*.attn.c_attn.weight")
         self.gradients("h.*.attn.c_attn")
         self.gradients("h.*.ln_1")
         self.kept.clear()
