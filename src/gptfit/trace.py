@@ -25,6 +25,7 @@ from gptfit.config import RunConfig
 from gptfit.cuda_kernels import CudaKernels
 from gptfit.device import DTYPES
 from gptfit.errors import GptfitError
+from gptfit.estimate import under_program
 from gptfit.inductor_plan import plan_module
 from gptfit.memory.tape import Buffer, Peak, Tape, rounded
 from gptfit.model import GPT
@@ -153,10 +154,9 @@ def trace_program(run: RunConfig, program: str = "gptfit", steps: int = 2, evalu
     """The steady step of `run`, or an evaluation between steps, as that program's code runs it: the ground truth for
     its estimate. With `run.compile` it takes some seconds: inductor's lowering runs, its kernels are not built.
 
-    Raises GptfitError for an unknown program.
+    Raises GptfitError for an unknown program, and for a key that asks for what its code has not.
     """
-    if program not in JOBS:
-        raise GptfitError(f'unknown program "{program}"', f"programs are {', '.join(JOBS)}")
+    run = under_program(run, program)
     batch_size = run.eval_batch_size if evaluation else run.batch_size
     logits = (run.vocab_size, batch_size * run.block_size * run.vocab_size)
     return trace_step(lambda recorder: JOBS[program](run, recorder), steps, logits, evaluation)
