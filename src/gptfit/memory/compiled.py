@@ -161,8 +161,8 @@ class Compiled(Program):
         self.inputs.clear()
         reused.clear()
 
-    def head_backward(self, grad: Tensor) -> None:
-        """The head's two products, then the blocks; `grad` is the logits' gradient."""
+    def head_backward(self, grads: list[Tensor]) -> None:
+        """The head's two products, then the blocks; `grads` holds the logits' gradient, and is emptied."""
         w, run = self.w, self.run
         self.drop_head("loss maximum", "loss log-sum")
         del self.inputs[:1]
@@ -175,7 +175,7 @@ class Compiled(Program):
         self.drop_head("ln_f")
         dx = w.empty("final norm gradient", "temporary", self.shape(run.n_embd), self.low)
         self.drop_head("wte.weight", "lm_head.weight")
-        del grad
+        grads.clear()
         if not tied:
             self.gradient("lm_head.weight")
             head = None
@@ -286,9 +286,9 @@ class CompiledNanoGPT(Compiled):
         w.mark("zeros for the unused logits", "loss backward")
         zeros = w.empty("zero gradient of the returned logits", "logits", shape, self.low)
         w.mark("log_softmax")
-        grad = w.empty("logits gradient", "logits", shape, self.low)
+        grads = [w.empty("logits gradient", "logits", shape, self.low)]
         del zeros
-        self.head_backward(grad)
+        self.head_backward(grads)
 
     def saved_bytes(self) -> int:
         logits = make_buffer("lm_head", "logits", self.shape(self.run.vocab_size), self.low)
@@ -326,20 +326,20 @@ class CompiledOurs(Compiled):
         w, run = self.w, self.run
         w.mark("loss", "loss backward")
         if run.loss == "full":
-            grad = w.empty("logits gradient", "logits", self.shape(run.vocab_size), self.low)
+            grads = [w.empty("logits gradient", "logits", self.shape(run.vocab_size), self.low)]
             self.drop_head("lm_head")
-            self.head_backward(grad)
+            self.head_backward(grads)
             return
         root, loss.node = loss.node, None
         assert root is not None and self.weight_node is not None
         if run.tie_embeddings:
             self.weight_node.awaited += 1  # the embedding's part comes when the compiled backward returns
-        grads = {root: w.empty("loss gradient", "temporary", (), "float32")}
+        arrived = {root: w.empty("loss gradient", "temporary", (), "float32")}
         del root
-        w.backward(collect(w), grads)
-        self.blocks_backward(grads.pop(self.entry), tied_here=False)
+        w.backward(collect(w), arrived)
+        self.blocks_backward(arrived.pop(self.entry), tied_here=False)
         if run.tie_embeddings:
-            w.deliver(self.weight_node, grads[self.weight_node], grads)
+            w.deliver(self.weight_node, arrived[self.weight_node], arrived)
         self.accumulate(but="wte.weight" if run.tie_embeddings else "lm_head.weight")
 
     def saved_bytes(self) -> int:
