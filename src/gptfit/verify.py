@@ -4,8 +4,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from gptfit.config import RunConfig, derive
-from gptfit.estimate import Estimate, estimate, under_program
+from gptfit.config import RunConfig
+from gptfit.estimate import Estimate, estimate
 from gptfit.trace import Traced, trace_program
 
 # Of the traced live peak. In practice the two agree to some KiB: counters that live on the host in CUDA.
@@ -32,7 +32,6 @@ class Verification:
     estimate: Estimate
     traced: Traced
     differences: tuple[Difference, ...]
-    notes: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -63,19 +62,13 @@ class Verification:
                 }
                 for row in self.differences
             ],
-            "notes": list(self.notes),
         }
 
 
 def verify(run: RunConfig, program: str = "gptfit") -> Verification:
-    """Estimates and traces one steady step of `run`, eager, as compiled code does not exist before it is compiled.
-
-    Raises GptfitError for what the program cannot do.
-    """
-    notes = ("the step is traced eager: what torch.compile makes of it is not",) if run.compile else ()
-    run = under_program(derive(run, compile=False), program)
+    """Estimates and traces one steady step of `run`. Raises GptfitError for what the program cannot do."""
     estimated, traced = estimate(run, program), trace_program(run, program)
-    return Verification(estimated, traced, tuple(differences(estimated, traced)), notes)
+    return Verification(estimated, traced, tuple(differences(estimated, traced)))
 
 
 def differences(estimated: Estimate, traced: Traced) -> Iterator[Difference]:
@@ -85,7 +78,7 @@ def differences(estimated: Estimate, traced: Traced) -> Iterator[Difference]:
         ("saved for backward", estimated.saved_for_backward_bytes, traced.saved_for_backward_bytes),
     ]
     phases = traced.phases
-    pairs += [(f"peak of {name}", n_bytes, phases.get(name, 0)) for name, n_bytes in estimated.phases]
+    pairs += [(f"peak of {name}", n_bytes, phases[name]) for name, n_bytes in estimated.phases if name in phases]
     tensors = [row for row in estimated.tensors if row.category not in ("workspace", "slack")]
     ours = _by_size((row.dtype, row.n_bytes // row.count, row.n_bytes, row.name) for row in tensors)
     theirs = _by_size((b.dtype, b.n_bytes, b.n_bytes * count, b.name) for b, count in traced.live_set().items())

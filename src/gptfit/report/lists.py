@@ -64,7 +64,6 @@ def verification_view(answer: "Verification") -> Iterator[RenderableType]:
         f"estimated {format_bytes(estimated.live_bytes)} live at the peak, traced {format_bytes(traced.live_bytes)} "
         f"({estimated.program}'s code)",
     )
-    yield from (Text(f"note: {note}", style=QUIET) for note in answer.notes)
     if answer.differences:
         yield title("Differences")
         rows = [
