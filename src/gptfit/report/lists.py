@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import RenderableType
+from rich.padding import Padding
 from rich.text import Text
 
 from gptfit.report.plans import levers_view
@@ -103,19 +104,14 @@ def diagnosis_view(answer: "Diagnosis") -> Iterator[RenderableType]:
     yield Text(answer.summary, style="bold")
     if answer.remedies:
         yield title("What helps")
-        rows = [
-            (
-                remedy.change,
-                "" if remedy.saves_bytes is None else format_bytes(remedy.saves_bytes),
-                {True: "enough", False: "not enough", None: ""}[remedy.enough],
-                remedy.why,
-            )
-            for remedy in answer.remedies
-        ]
-        yield table(("change", "saves", " ", "why"), rows, right=("saves",))
+    for remedy in answer.remedies:
+        saves = "" if remedy.saves_bytes is None else f"saves {format_bytes(remedy.saves_bytes)}"
+        enough = {True: "enough", False: "not enough alone", None: ""}[remedy.enough]
+        yield from advice_lines(remedy.change, ", ".join(word for word in (saves, enough) if word), remedy.why)
     if answer.not_remedies:
         yield title("What does not")
-        yield table(("change", "why"), [(advice.change, advice.why) for advice in answer.not_remedies])
+    for advice in answer.not_remedies:
+        yield from advice_lines(advice.change, "", advice.why)
     read = [(name, getattr(answer.facts, key)) for name, key in FIGURES]
     known = [(name, format_bytes(n_bytes)) for name, n_bytes in read if n_bytes is not None]
     if known:
@@ -123,7 +119,14 @@ def diagnosis_view(answer: "Diagnosis") -> Iterator[RenderableType]:
         yield table(("", " "), known, right=(" ",))
     yield from (Text(f"note: {warning}", style=QUIET) for warning in answer.warnings)
     if answer.estimate is None and answer.facts.kind != "not_oom":
-        yield from commands(("gptfit explain-oom FILE --config gpt2 batch_size=12    (says by how much)",))
+        keys = " ".join(f"{key}={value}" for key, value in answer.recognised.items()) or "batch_size=12"
+        yield from commands((f"gptfit explain-oom FILE --config gpt2 {keys}    (says by how much)",))
+
+
+def advice_lines(change: str, effect: str, why: str) -> Iterator[RenderableType]:
+    """A change on a line of its own, to be copied, with its effect; the reason below it."""
+    yield Text(f"  {change}" + (f"    ({effect})" if effect else ""), no_wrap=True)
+    yield Padding(Text(why, style=QUIET), (0, 0, 0, 6))
 
 
 RIGHT = ("measured", "predicted", "%")

@@ -36,7 +36,13 @@ def headline(verdict: str | None, text: str) -> Text:
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[str] = ()) -> RenderableType:
     """Indented columns without lines; those in `right` are aligned to the right, the last one wraps."""
-    grid = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style=QUIET, show_header=any(columns))
+    grid = Table(
+        box=None,
+        pad_edge=False,
+        padding=(0, 2, 0, 0),
+        header_style=QUIET,
+        show_header=any(column.strip() for column in columns),
+    )
     for column in columns:
         grid.add_column(column, justify="right" if column in right else "left", overflow="fold")
     for row in rows:
