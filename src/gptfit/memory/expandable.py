@@ -1,8 +1,11 @@
-"""Expandable segments: one virtual range per pool, mapped and unmapped in whole pages."""
+"""Expandable segments: virtual ranges, one per pool as a rule, mapped and unmapped in whole pages."""
 
 from bisect import bisect_left, insort
 
-from gptfit.memory.allocator import FREE, UNLIMITED_RANGE, UNMAPPED, Block, CachingAllocator, Pool
+from gptfit.memory.allocator import FREE, UNMAPPED, Block, CachingAllocator, Pool
+
+# A range is 9/8 of the device's memory; where that is not known, as good as endless.
+UNKNOWN_RANGE_BYTES = 1 << 42
 
 
 def extend(allocator: CachingAllocator, pool: Pool, need: int) -> Block | None:
@@ -10,27 +13,39 @@ def extend(allocator: CachingAllocator, pool: Pool, need: int) -> Block | None:
 
     Pages mapped before the failure stay mapped and free, as in torch.
     """
-    block = _lowest_room(pool, need) or _new_range(allocator, pool, need)
+    block: Block | None = _lowest_room(pool, need) or _new_range(allocator, pool, need)
     if block.state == UNMAPPED:
-        mapped = _map(allocator, block, min(block.size, need))
-        if mapped is None:
-            return None
-        block = mapped
-    while block.size < need:
+        block = _map(allocator, block, min(block.size, need))
+    while block is not None and block.size < need:
         behind = block.next
-        assert behind is not None and behind.state == UNMAPPED, (
-            "free neighbours are merged, so what follows is unmapped"
-        )
-        mapped = _map(allocator, behind, min(behind.size, need - block.size))
-        if mapped is None:
-            return None
-        block = mapped
-    pool.free.pop(bisect_left(pool.free, (block.size, block.address)))
+        assert behind is not None and behind.state == UNMAPPED, "free neighbours are merged: this one is unmapped"
+        block = _map(allocator, behind, min(behind.size, need - block.size))
+    if block is not None:
+        pool.free.pop(bisect_left(pool.free, (block.size, block.address)))
     return block
 
 
+def unmap_free(allocator: CachingAllocator, head: Block) -> None:
+    """Gives back the whole pages inside every free block of the range that begins with `head`."""
+    base, page = head.address, head.pool.page
+    blocks: list[Block] = []
+    block: Block | None = head
+    while block is not None:
+        if block.state == FREE:
+            blocks.append(block)
+        block = block.next
+    for block in blocks:
+        start = base - (base - block.address) // page * page
+        end = base + (block.address + block.size - base) // page * page
+        if start < end:
+            unmap(allocator, block, start, end)
+
+
 def unmap(allocator: CachingAllocator, block: Block, start: int, end: int) -> None:
-    """Gives the pages `start` to `end` of a free block back; its edges stay mapped and free."""
+    """Gives the pages from address `start` to `end` of a free block back; its edges stay mapped and free.
+
+    A range of which nothing is left is dropped.
+    """
     pool = block.pool
     pool.free.pop(bisect_left(pool.free, (block.size, block.address)))
     if start > block.address:
@@ -41,27 +56,19 @@ def unmap(allocator: CachingAllocator, block: Block, start: int, end: int) -> No
         insort(pool.free, (after.size, after.address, after))
     block.state = UNMAPPED
     allocator.reserved_bytes -= end - start
-    allocator.note("U", start, end - start)
-    for first, second in ((block, block.next), (block.prev, block)):
-        if first is not None and second is not None and first.state == second.state == UNMAPPED:
-            for one in (first, second):
-                _forget(pool, one)
-            _join(first, second)
-            block = first
+    allocator.note("U", start, end - start, pool.stream)
+    behind, before = block.next, block.prev
+    if behind is not None and behind.state == UNMAPPED:
+        _forget(pool, behind)
+        _join(block, behind)
+    if before is not None and before.state == UNMAPPED:
+        _forget(pool, before)
+        _join(before, block)
+        block = before
     if block.prev is None and block.next is None:
-        del allocator.heads[block.address]
+        allocator.drop(block)
     else:
         insort(pool.unmapped, (block.address, block))
-
-
-def whole_pages(block: Block) -> tuple[int, int]:
-    """Start and end of the pages that lie wholly inside a block of a range; start >= end where there is none."""
-    head = block
-    while head.prev is not None:
-        head = head.prev
-    base, page = head.address, block.pool.page
-    start = base - (base - block.address) // page * page
-    return start, base + (block.address + block.size - base) // page * page
 
 
 def _lowest_room(pool: Pool, need: int) -> Block | None:
@@ -78,11 +85,11 @@ def _lowest_room(pool: Pool, need: int) -> Block | None:
 
 
 def _new_range(allocator: CachingAllocator, pool: Pool, need: int) -> Block:
-    """A virtual range: 9/8 of the device's memory, in whole pages."""
-    pages = -(-max(UNLIMITED_RANGE, need) // pool.page)
-    if allocator.capacity_bytes is not None:
-        pages = -(-max(allocator.capacity_bytes * 9 // 8, need) // pool.page)
-    block = Block(pool, allocator.place(pages * pool.page), pages * pool.page, UNMAPPED, expandable=True)
+    """Address room for more than the device's memory, in whole pages, none of them mapped."""
+    capacity = allocator.capacity_bytes
+    room_bytes = UNKNOWN_RANGE_BYTES if capacity is None else capacity * 9 // 8
+    size = -(-max(room_bytes, need) // pool.page) * pool.page
+    block = Block(pool, allocator.place(size), size, UNMAPPED, expandable=True)
     allocator.heads[block.address] = block
     insort(pool.unmapped, (block.address, block))
     return block
@@ -98,7 +105,7 @@ def _map(allocator: CachingAllocator, block: Block, need: int) -> Block | None:
     if size < block.size:
         rest = _cut(block, block.address + size)
         insort(pool.unmapped, (rest.address, rest))
-    allocator.note("M", block.address, size)
+    allocator.note("M", block.address, size, pool.stream)
     return allocator.put(block)
 
 
@@ -121,7 +128,5 @@ def _join(first: Block, second: Block) -> None:
 
 
 def _forget(pool: Pool, block: Block) -> None:
-    """Takes an unmapped block off its list, if it is there."""
-    index = bisect_left(pool.unmapped, (block.address,))
-    if index < len(pool.unmapped) and pool.unmapped[index][1] is block:
-        del pool.unmapped[index]
+    """Takes an unmapped block off its list."""
+    del pool.unmapped[bisect_left(pool.unmapped, (block.address,))]
