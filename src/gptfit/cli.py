@@ -222,7 +222,7 @@ def replay(
 
     answer = replay_file(trace, parse_size(capacity) if capacity else None, expandable)
     respond(json, answer.to_json, replay_view(answer))
-    return NO if answer.out_of_memory else YES
+    return NO if capacity and answer.out_of_memory else YES
 
 
 @app.command(context_settings=WORDS)

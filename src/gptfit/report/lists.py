@@ -8,7 +8,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 from gptfit.report.plans import levers_view
-from gptfit.report.terminal import BAD, GOOD, QUIET, commands, headline, live_rows, margin_text, table, title
+from gptfit.report.terminal import BAD, GOOD, MAX_ROWS, QUIET, commands, headline, live_rows, margin_text, table, title
 from gptfit.units import format_bytes, format_mib
 
 if TYPE_CHECKING:
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from gptfit.asked import Asked
     from gptfit.estimate import Estimate
     from gptfit.levers import LeverEffect
+    from gptfit.memory.replay import ReplayResult
     from gptfit.oom.diagnose import Diagnosis
     from gptfit.prepare import Prepared
     from gptfit.presets import Preset
@@ -161,3 +162,40 @@ def accuracy_view(answer: "Accuracy", verbose: bool) -> Iterator[RenderableType]
         yield table(("row", "why"), [(row.id, row.reason) for row in excluded])
     elif excluded:
         yield Text(f"{len(excluded)} more are not compared; -v says why", style=QUIET)
+
+
+def replay_view(answer: "ReplayResult") -> Iterator[RenderableType]:
+    """What the allocator held at most and why; beside it what the recording says, if it does."""
+    failed, recorded, lost = answer.out_of_memory, answer.recorded, answer.fragmentation
+    if failed is not None:
+        held = f"{format_bytes(failed.allocated_bytes)} allocated and {format_bytes(failed.reserved_bytes)} reserved"
+        asked = f"event {failed.event} asked for {format_bytes(failed.request_bytes)}, with {held}"
+        before = f"{held} before the first event"
+        yield Text.assemble(("Out of memory: ", BAD), asked if failed.event >= 0 else before)
+    yield Text(
+        f"{format_bytes(answer.peak_reserved_bytes)} reserved at most, {format_bytes(answer.peak_allocated_bytes)} "
+        f"allocated; {format_bytes(answer.final_reserved_bytes)} reserved at the end",
+        style="bold",
+    )
+    kind = "expandable segments" if answer.expandable_segments else "plain segments"
+    yield Text(f"{answer.events:,} events, {kind}, {answer.retries:,} retries after a failed cudaMalloc")
+    if recorded is not None:
+        peak = recorded.peak_reserved_bytes
+        held = "" if peak is None else f"{format_bytes(peak)} reserved at most; "
+        yield Text(
+            f"The recording: {held}{recorded.segment_events_matched:,} of its "
+            f"{recorded.segment_events_total:,} segment events matched"
+        )
+    yield title("Reserved, at its peak")
+    rows = [
+        ("requested", format_mib(lost.requested_bytes)),
+        ("rounding, unsplit slack", format_mib(lost.allocated_bytes - lost.requested_bytes)),
+        ("free in small segments", format_mib(lost.free_small_bytes)),
+        ("free in large segments", format_mib(lost.free_large_bytes)),
+        ("reserved", format_mib(lost.reserved_bytes)),
+    ]
+    yield table(("", "MiB"), rows, right=("MiB",))
+    if answer.alive_at_peak:
+        yield title("Allocated, at its peak")
+        alive = [(row.tag, f"{row.count}", format_mib(row.block_bytes)) for row in answer.alive_at_peak[:MAX_ROWS]]
+        yield table(("from", "count", "MiB"), alive, right=("count", "MiB"))
