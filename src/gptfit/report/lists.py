@@ -154,7 +154,7 @@ def accuracy_view(answer: "Accuracy", verbose: bool) -> Iterator[RenderableType]
         yield title("Outside")
         yield from (Text(f"  {line}") for line in missed)
     for kind in sorted({row.kind for row in compared}):
-        yield title(f"{kind}: measured and predicted in MiB, the difference in per cent of the measured")
+        yield title(kind if kind == "verdict" else f"{kind}: MiB, and the difference in per cent of the measured")
         yield table(("", *RIGHT), [_compared(row) for row in compared if row.kind == kind], right=RIGHT)
     excluded = [row for row in answer.rows if row.role == "excluded"]
     if excluded and verbose:
