@@ -22,6 +22,8 @@ TUPLES = frozenset((0x85, 0x86, 0x87, ord("t")))
 PROTO, STOP = 0x80, ord(".")
 # Nested tuples are hashed by recursion in C, which a long chain of them would overflow.
 MAX_TUPLES = 10_000
+# Lists, dictionaries and pairs: an upper bound, as it counts bytes. 64 bytes and more each, made by a single one.
+MAX_CONTAINERS = 20_000_000
 
 
 class PlainUnpickler(pickle.Unpickler):
@@ -49,6 +51,8 @@ def check_plain(raw: bytes, name: str) -> None:
     Raises GptfitError for one that is not needed for plain data, for a memo slot beyond the pickle's length (a few
     bytes would ask for gigabytes), for long chains of tuples, and for an end in the middle.
     """
+    if sum(raw.count(opcode) for opcode in (b"]", b"}", b"\x86")) > MAX_CONTAINERS:
+        raise GptfitError(f"{name} holds too many objects", "record fewer events: max_entries")
     at, n_tuples = 0, 0
     while True:
         run = RUN.match(raw, at)

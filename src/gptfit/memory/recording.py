@@ -14,7 +14,8 @@ from gptfit.memory.allocator import SMALL_SEGMENT
 from gptfit.memory.allocator_options import N_INTERVALS, AllocatorOptions, parse_options
 
 TRACE_FORMAT = "cuda-caching-allocator-trace/1"
-MAX_FILE_BYTES = 512 << 20  # unpacked; a snapshot of 100,000 events with its stacks is a fifth of that
+# Unpacked. Objects take up to twenty times the bytes of a file; 100,000 events with their stacks are 50 MiB or so.
+MAX_FILE_BYTES, MAX_JSON_BYTES = 256 << 20, 64 << 20
 MAX_NUMBER = 1 << 63  # above every size, address and stream
 HOW_TO_RECORD = "record one with torch.cuda.memory._record_memory_history() and _dump_snapshot(FILE)"
 
@@ -83,7 +84,7 @@ def read_recording(path: Path, device: int | None = None) -> Recording:
     raw = _read(path)
     name = _printable(path.name)
     try:
-        if raw.lstrip()[:1] in (b"{", b"["):
+        if _is_json(raw):
             return _from_trace(_parse_json(raw, name), name, device)
         from gptfit.memory.plainpickle import load_plain
         from gptfit.memory.snapshot import from_snapshot
@@ -97,6 +98,10 @@ def read_recording(path: Path, device: int | None = None) -> Recording:
         raise GptfitError(
             f"{name} is too large for this machine's memory", "record fewer events: max_entries"
         ) from None
+
+
+def _is_json(raw: bytes) -> bool:
+    return raw[:64].lstrip()[:1] in (b"{", b"[")
 
 
 def _printable(name: str) -> str:
@@ -113,9 +118,10 @@ def _read(path: Path) -> bytes:
     except (OSError, EOFError, ValueError, zlib.error) as problem:
         reason = getattr(problem, "strerror", None) or f"{problem}"[:120]
         raise GptfitError(f"cannot read {name}: {reason}", "give the path of a recording") from None
-    if len(raw) > MAX_FILE_BYTES:
-        raise GptfitError(f"{name} is larger than {MAX_FILE_BYTES >> 20} MiB", "record fewer events: max_entries")
-    if not raw.strip():
+    limit = MAX_JSON_BYTES if _is_json(raw) else MAX_FILE_BYTES
+    if len(raw) > limit:
+        raise GptfitError(f"{name} is larger than {limit >> 20} MiB", "record fewer events: max_entries")
+    if not raw[:64].strip():
         raise GptfitError(f"{name} is empty", HOW_TO_RECORD)
     return raw
 

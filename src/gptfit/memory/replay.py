@@ -10,24 +10,27 @@ from gptfit.memory.replayed import BEFORE, Failure, Recorded, ReplayResult, aliv
 
 
 def replay_file(
-    path: Path, capacity_bytes: int | None = None, expandable: bool | None = None, device: int | None = None
+    path: Path, capacity_bytes: int | None = None, expandable_segments: bool | None = None, device: int | None = None
 ) -> ReplayResult:
     """Replays a recording; see `replay`, and `read_recording` for `device` and what is raised."""
-    return replay(read_recording(Path(path), device), capacity_bytes, expandable)
+    return replay(read_recording(Path(path), device), capacity_bytes, expandable_segments)
 
 
-def replay(recording: Recording, capacity_bytes: int | None = None, expandable: bool | None = None) -> ReplayResult:
+def replay(
+    recording: Recording, capacity_bytes: int | None = None, expandable_segments: bool | None = None
+) -> ReplayResult:
     """Replays requests and frees. Segments and totals in the recording are compared with, never used.
 
     Without a capacity, releases (an empty_cache, or the retry after a failed cudaMalloc) happen where they are
     recorded. With one, none does: retries come out of the model, and the replay ends at the first request that
-    fails and did not fail when it was recorded. `expandable` None is as recorded.
+    fails and did not fail when it was recorded. `expandable_segments` None is as recorded; the other setting is
+    taken to have held from the beginning.
 
     Raises GptfitError where the start of the recording contradicts itself.
     """
-    whole = Player(recording, capacity_bytes, expandable)
+    whole = Player(recording, capacity_bytes, expandable_segments)
     whole.play(len(recording.events))
-    again = Player(recording, capacity_bytes, expandable)
+    again = Player(recording, capacity_bytes, expandable_segments)
     at_peak = at_growth = None
     for index in sorted((whole.peak_index, whole.growth_index)):
         again.play(index + 1)
@@ -181,6 +184,7 @@ class Player:
 
     def _fail(self, index: int, event: Event) -> None:
         """A request that failed when it was recorded."""
+        self.allocator.hint_address = None
         allocator, tried = self.allocator, self.allocator.segment_bytes(event.n_bytes)
         if not self.modelled:
             free = None if event.address < 0 else event.address
@@ -188,7 +192,9 @@ class Player:
             self._failed(Failure.of(index, figures, recorded=True))
         else:
             try:
+                peak_bytes = allocator.peak_allocated_bytes
                 allocator.free(allocator.malloc(event.n_bytes, event.stream))
+                allocator.peak_allocated_bytes = peak_bytes  # how long it would have lived is not known
                 self.n_avoided += 1
             except OutOfMemory as error:
                 self._failed(Failure.of(index, error, recorded=True))
