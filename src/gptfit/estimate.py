@@ -179,7 +179,7 @@ def estimate(
 
 
 def live_rows(steady: Tape, allocated_bytes: int, live_bytes: int, workspace_bytes: int) -> tuple[TensorRow, ...]:
-    """The live set at the peak, largest first, then workspaces and slack, so that the rows add up to `allocated_bytes`."""
+    """The live set at the peak, workspaces and slack, largest first: the rows add up to `allocated_bytes`."""
     rows = [
         TensorRow(buffer.name, buffer.category, buffer.shape, buffer.dtype, count, buffer.n_bytes * count)
         for buffer, count in steady.live_at_peak().items()

@@ -55,7 +55,7 @@ def check_plain(raw: bytes, name: str) -> None:
         raise GptfitError(f"{name} holds too many objects", "record fewer events: max_entries")
     at, n_tuples = 0, 0
     while True:
-        run = RUN.match(raw, at)
+        run = RUN.match(raw, at) if at < len(raw) else None
         if run is not None:
             at = run.end()
         opcode = raw[at] if at < len(raw) else -1

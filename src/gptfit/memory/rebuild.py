@@ -24,14 +24,18 @@ def rebuild(
     if expandable is not None and expandable != options.expandable_segments:
         return _afresh(recording, CachingAllocator(capacity_bytes, replace(options, expandable_segments=expandable)))
     allocator = CachingAllocator(capacity_bytes, options)
-    live = sorted(recording.blocks)
+    live = sorted(recording.blocks, key=lambda one: one.address)
     slack = _slack_seen(recording, live, allocator)
     used: dict[int, Block] = {}
     tails: dict[Pool, Block] = {}  # of the virtual range of each pool
     position = 0
+    end = 0
     for span in sorted(recording.spans):
+        if span.address < end or span.n_bytes == 0:
+            raise GptfitError(f"the recorded segment at {span.address:#x} overlaps another", "record it again")
+        end = span.address + span.n_bytes
         first = position
-        while position < len(live) and live[position].address < span.address + span.n_bytes:
+        while position < len(live) and live[position].address < end:
             position += 1
         pool = allocator.pool(span.stream, span.small)
         blocks = list(_blocks(pool, span, live[first:position], slack, allocator))
@@ -77,13 +81,14 @@ def _afresh(recording: Recording, allocator: CachingAllocator) -> tuple[CachingA
     spans = sorted(recording.spans)
     starts = [span.address for span in spans]
     used: dict[int, Block] = {}
-    for one in sorted(recording.blocks):
+    for one in sorted(recording.blocks, key=lambda one: one.address):
         index = bisect_right(starts, one.address) - 1
         used[one.address] = allocator.malloc(one.requested_bytes, spans[index].stream if index >= 0 else 0)
     allocator.segment_events.clear()
     for address in _given_back_before(recording.events):
         if address in used:
             allocator.defer(used[address])
+    allocator.peak_allocated_bytes = allocator.allocated_bytes
     return allocator, used
 
 

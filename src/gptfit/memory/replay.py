@@ -36,7 +36,7 @@ def replay(
         again.play(index + 1)
         if index == whole.peak_index:
             at_peak = (
-                alive_at(recording, index, again.live, again.allocator.pending),
+                alive_at(recording, index, again.live, again.deferred),
                 fragmentation_of(again.allocator, index),
             )
         if index == whole.growth_index:
@@ -71,8 +71,8 @@ class Player:
         self.modelled = capacity_bytes is not None  # releases come out of the model, not out of the recording
         self.failure: Failure | None = None
         self.ended = False
+        self.deferred: set[int] = set()  # addresses given back that wait for another stream
         self.allocator, self.live = self._start(capacity_bytes, expandable)
-        self.deferred = {address for address, block in self.live.items() if block in self.allocator.pending}
         # The first block of a segment lies at its start, so a request that needs one tells where the driver put it.
         self.hints = self.allocator.expandable == recording.options.expandable_segments
         self.position = 0
@@ -92,6 +92,7 @@ class Player:
         except OutOfMemory as error:
             self.ended, self.failure = True, Failure.of(-1, error)
             return CachingAllocator(capacity_bytes, self.recording.options), {}
+        self.deferred.update(address for address, block in live.items() if block in allocator.pending)
         if capacity_bytes is not None and allocator.reserved_bytes > capacity_bytes:
             allocator.empty_cache()
             allocator.segment_events.clear()

@@ -1,7 +1,7 @@
 """What a replay found: peaks, what was alive then, where the rest of the reserved memory was, and why it failed."""
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -167,13 +167,16 @@ class ReplayResult:
 
 
 def alive_at(
-    recording: Recording, index: int, blocks: Mapping[int, Block], pending: Mapping[Block, None]
+    recording: Recording, index: int, blocks: Mapping[int, Block], deferred: Collection[int]
 ) -> tuple[Alive, ...]:
-    """Blocks in use after event `index`, summed by the tag of their allocation. `blocks` by recorded address."""
+    """Blocks in use after event `index`, summed by the tag of their allocation.
+
+    `blocks` are by recorded address; those at the `deferred` ones have been given back already.
+    """
     tags = {event.address: event.tag for event in recording.events[: index + 1] if event.kind == "A"}
     by_tag: defaultdict[str, list[Block]] = defaultdict(list)
     for address, block in blocks.items():
-        if block not in pending:
+        if address not in deferred:
             by_tag[BEFORE if address not in tags else tag_name(recording, tags[address])].append(block)
     rows = [
         Alive(
