@@ -2,8 +2,13 @@
 
 import gzip
 import json
+import pickle
 from pathlib import Path
 from typing import Any
+
+from gptfit.memory.recording import TRACE_FORMAT
+from gptfit.memory.replay import replay_file
+from gptfit.memory.replayed import ReplayResult
 
 FOLDER = Path(__file__).parent / "data" / "snapshots"
 NAMES = sorted(path.name.removesuffix(".json.gz") for path in FOLDER.glob("*.json.gz"))
@@ -75,3 +80,19 @@ def torch_snapshot(document: dict[str, Any]) -> dict[str, Any]:
         "allocator_settings": settings,
         "external_annotations": [],
     }
+
+
+def replay_document(tmp_path: Path, document: dict[str, Any], *arguments: Any) -> ReplayResult:
+    path = tmp_path / "trace.json"
+    path.write_text(json.dumps(document))
+    return replay_file(path, *arguments)
+
+
+def replay_pickle(tmp_path: Path, snapshot: Any, *arguments: Any) -> ReplayResult:
+    path = tmp_path / "snapshot.pickle"
+    path.write_bytes(pickle.dumps(snapshot))
+    return replay_file(path, *arguments)
+
+
+def trace(events: list[list[Any]], **more: Any) -> dict[str, Any]:
+    return {"format": TRACE_FORMAT, "device": 0, "events": [[*event, 0, -1, -1][:6] for event in events], **more}
