@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from gptfit.errors import GptfitError
 from gptfit.memory import recording as recording_module
-from gptfit.memory.plainpickle import MAX_TUPLES, load_plain
+from gptfit.memory.plainpickle import MAX_TUPLES, check_plain, load_plain
 from gptfit.memory.recording import TRACE_FORMAT
 from gptfit.memory.replay import replay_file
 from snapshots import document_of, path_of, replay_document, replay_pickle, torch_snapshot, trace
@@ -135,6 +135,12 @@ def test_what_is_no_recording_is_refused_in_one_line(name: str, tmp_path: Path) 
         replay_file(path)
     assert "\n" not in caught.value.message + caught.value.hint
     assert len(caught.value.message) < 300
+
+
+@pytest.mark.parametrize("name", [name for name in PICKLES if "chain" in name or "memo" in name or "code" in name])
+def test_a_dangerous_pickle_is_refused_before_it_is_obeyed(name: str) -> None:
+    with pytest.raises(GptfitError):
+        check_plain(PICKLES[name], "it")
 
 
 def test_a_profile_is_refused_with_the_reason(tmp_path: Path) -> None:

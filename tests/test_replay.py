@@ -189,8 +189,9 @@ def test_a_range_may_begin_with_a_hole_in_it(tmp_path: Path) -> None:
         "mapped_ranges": [[0, 20 * MiB, 0, False], [60 * MiB, 20 * MiB, 0, False]],
         "blocks": [[0, 20 * MiB, 20 * MiB, 0], [60 * MiB, 20 * MiB, 20 * MiB, 0]],
     }
+    start["blocks"][0][1:3] = [10 * MiB, 10 * MiB]
     settings = {"expandable_segments": True}
-    for n_mib, reserved_mib in ((40, 80), (41, 100)):  # the hole, or more than the hole: at the end
+    for n_mib, reserved_mib in ((30, 60), (50, 80), (51, 100)):  # 10 free MiB and some of the hole, all of it, the end
         document = trace([["A", 1 << 40, n_mib * MiB]], initial=start, settings=settings)
         assert replay_document(tmp_path, document).peak_reserved_bytes == reserved_mib * MiB
     document["initial"]["mapped_ranges"][1:] = [[20 * MiB, 20 * MiB, 0, False]]  # two that touch: one free piece

@@ -223,6 +223,6 @@ class Player:
         grown = [event.n_bytes for event in fresh if event.kind in GROWN]
         if grown:
             if self.release_end == index:
-                self.retry_bytes.append(self.reserved_before + grown[0])
+                self.retry_bytes.append(self.reserved_before + sum(grown))
             if allocator.reserved_bytes == allocator.peak_reserved_bytes > self.growth_bytes:
                 self.growth_bytes, self.growth_index = allocator.reserved_bytes, index

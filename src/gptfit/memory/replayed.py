@@ -125,7 +125,8 @@ class Recorded:
 class ReplayResult:
     """Peaks of a replay. `retries` and `out_of_memory` are the model's with a capacity, else as recorded.
 
-    `events` counts those in the file. `alive_at_peak` sums to the allocated peak, largest first.
+    `retries` counts as torch's num_alloc_retries does: the one before an out of memory is in it. `events` counts
+    those in the file. `alive_at_peak` sums to the allocated peak, largest first.
     """
 
     events: int
