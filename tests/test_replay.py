@@ -105,6 +105,7 @@ def test_out_of_memory_is_reported_with_its_figures() -> None:
     assert failed.reserved_bytes + (failed.free_bytes or 0) == capacity
     assert failed.tried_bytes > (failed.free_bytes or 0)
     assert answer.final_reserved_bytes == failed.reserved_bytes, "the run ends there"
+    assert answer.recorded is not None and answer.recorded.segment_events_total == 27, "of all of the recording"
     assert "fragmentation" in f"{failed}"
     short = replay(recording, 18_600 * MiB).out_of_memory
     assert short is not None and "more would be needed" in f"{short}"

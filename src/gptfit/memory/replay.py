@@ -8,6 +8,8 @@ from gptfit.memory.rebuild import rebuild
 from gptfit.memory.recording import GROWN, RELEASED, Event, Recording, read_recording
 from gptfit.memory.replayed import BEFORE, Failure, Recorded, ReplayResult, alive_at, fragmentation_of, tag_name
 
+SEGMENT_KINDS = GROWN | RELEASED
+
 
 def replay_file(
     path: Path, capacity_bytes: int | None = None, expandable_segments: bool | None = None, device: int | None = None
@@ -43,6 +45,7 @@ def replay(
             at_growth = fragmentation_of(again.allocator, index)
     assert at_peak is not None and at_growth is not None
     peak = recording.peak_reserved_bytes
+    total = sum(event.kind in SEGMENT_KINDS for event in recording.events)
     allocator = whole.allocator
     return ReplayResult(
         events=recording.n_recorded,
@@ -55,7 +58,7 @@ def replay(
         final_reserved_bytes=allocator.reserved_bytes,
         retries=whole.retries(),
         out_of_memory=whole.failure,
-        recorded=None if peak is None else Recorded(peak, whole.n_matched, whole.n_segment_events, whole.n_compared),
+        recorded=None if peak is None else Recorded(peak, whole.n_matched, total, whole.n_compared),
         alive_at_peak=at_peak[0],
         at_allocated_peak=at_peak[1],
         fragmentation=at_growth,
@@ -83,7 +86,7 @@ class Player:
         self.retry_bytes: list[int] = []  # what would have been reserved but for each release that made room
         self.expected: Counter[tuple[str, int, int]] = Counter()
         self.n_compared = len(self.allocator.segment_events)
-        self.n_matched = self.n_segment_events = self.n_failed = 0
+        self.n_matched = self.n_failed = 0
         self.n_lost = self.n_unknown = self.n_avoided = 0
 
     def _start(self, capacity_bytes: int | None, expandable: bool | None) -> tuple[CachingAllocator, dict[int, Block]]:
@@ -202,7 +205,6 @@ class Player:
         self._compare(index)
 
     def _segment_event(self, index: int, event: Event) -> None:
-        self.n_segment_events += 1
         self.expected[event.kind, event.n_bytes, event.stream] += 1
         if event.kind in RELEASED:
             if self.release_end != index and not self.modelled:
