@@ -244,6 +244,45 @@ def verify(
 
 
 @app.command(context_settings=WORDS)
+def trace(
+    context: typer.Context,
+    words: Words = None,
+    gpu: Gpu = None,
+    reserve: Reserve = None,
+    fit: Annotated[bool, typer.Option("--fit", help="Find the largest batch_size that fits the card.")] = False,
+    json: Json = False,
+    verbose: Verbose = False,
+) -> int:
+    """The memory of any training step: FILE.py:NAME is a function that makes it.
+
+    It returns (module, batch), or a callable that runs one micro-step, and behind it the optimizer if there is one.
+    The file is imported and the function called, on fake tensors: no GPU, and next to no memory. KEY=VALUE is one
+    of its arguments, or dtype, optimizer, optimizer_impl, grad_clip, gradient_accumulation_steps or compile.
+    """
+    from gptfit.card import find_card, need_card
+    from gptfit.report.output import respond
+    from gptfit.report.traces import after_trace, card_notes, fit_view, trace_view
+    from gptfit.scalars import parse_override
+
+    asked = asked_for(context, words)
+    keys = dict(map(parse_override, asked.overrides))
+    card = need_card(gpu, reserve, "trace --fit") if fit else find_card(gpu, reserve)
+    if fit and card is not None:
+        from gptfit.tracefit import fit_batch
+
+        fitted = fit_batch(asked.config or "", card.profile, card.reserve_bytes, **keys)
+        answer, record, view = fitted.report, fitted.to_json, fit_view(fitted, verbose)
+    else:
+        from gptfit.tracefile import trace_file
+
+        on_card = (card.profile, card.reserve_bytes) if card else (None, 0)
+        answer = trace_file(asked.config or "", *on_card, **keys)
+        record, view = answer.to_json, trace_view(answer, verbose)
+    respond(json, record, view, card_notes(card), after_trace(answer, asked, fit))
+    return NO if answer.verdict == "does_not_fit" else YES
+
+
+@app.command(context_settings=WORDS)
 def train(
     context: typer.Context,
     words: Words = None,
