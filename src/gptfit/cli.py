@@ -246,7 +246,7 @@ def verify(
 @app.command(context_settings=WORDS)
 def trace(
     context: typer.Context,
-    words: Words = None,
+    words: Annotated[list[str] | None, typer.Argument(metavar="FILE.py:NAME] [KEY=VALUE", hidden=True)] = None,
     gpu: Gpu = None,
     reserve: Reserve = None,
     fit: Annotated[bool, typer.Option("--fit", help="Find the largest batch_size that fits the card.")] = False,

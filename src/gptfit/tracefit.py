@@ -14,8 +14,10 @@ from gptfit.factory import load_factory
 from gptfit.gpus import GpuProfile
 from gptfit.tracefile import TraceReport, trace_factory
 
-# A few seconds each; six are mostly enough.
-MAX_TRACES = 12
+# Three to six are enough where the line leads there. Reserved memory goes up in stairs, which for small models are
+# wide, so that after some tries what is left is halved.
+MAX_TRACES = 20
+MAX_BY_LINE = 6
 # Beyond this a card is not what limits a batch.
 MAX_BATCH_SIZE = 1 << 16
 # How far beyond the largest traced size a guess may go.
@@ -123,6 +125,6 @@ def next_guess(sizes: Mapping[int, int], fitting: int, failing: int, usable_byte
         low, high = known[-2:]
     slope = (sizes[high] - sizes[low]) / (high - low)
     guess = low + int((usable_bytes - sizes[low]) / slope) if slope > 0 else MAX_BATCH_SIZE
-    if len(sizes) > MAX_TRACES // 2 and failing in sizes:  # the line does not lead there: halve what is left
+    if len(sizes) >= MAX_BY_LINE and failing in sizes:
         guess = (fitting + failing) // 2
     return min(max(guess, fitting + 1), failing - 1, max(known) * MAX_STRIDE)

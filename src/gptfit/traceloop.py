@@ -11,12 +11,14 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.overrides import TorchFunctionMode
 
 from gptfit.config import RunConfig
+from gptfit.cuda_kernels import KERNELS
 from gptfit.errors import GptfitError
 from gptfit.factory import Made
 from gptfit.inductor_plan import plan_module
@@ -73,6 +75,7 @@ class Loop:
             if made.batch is None or isinstance(made.batch, Mapping):
                 raise GptfitError("a compiled step is traced for a module with a batch of tensors in order",
                                   "return (module, (x, y)), or trace it with compile=False")  # fmt: skip
+            self.stack.enter_context(norms_in_parts())
             plan_module(model, recorder)
         self.optimizers = made.optimizers
         return Job(model, self.step, self.forward, self.forward, lambda: self.inputs)
@@ -199,7 +202,7 @@ class OnCpu(TorchFunctionMode):
     ) -> Any:
         if func is Tensor.cuda:
             return args[0]
-        if func is Tensor.data_ptr and self.loop.recorder.phase != "setup":
+        if func is Tensor.data_ptr and self.loop.recorder.phase != "setup" and not self.loop.recorder.is_paused:
             where = self.loop.recorder.here()
             raise GptfitError(
                 f"cannot trace a kernel that is launched by hand{where}: it asks for a tensor's memory (data_ptr)",
@@ -243,6 +246,17 @@ def movable_modules() -> Iterator[None]:
         yield
     finally:
         kind._apply = original
+
+
+@contextmanager
+def norms_in_parts() -> Iterator[None]:
+    """rms_norm as what it consists of. Inductor makes a kernel of its own of that, while the eager kernel's stand-in
+    computes nothing, so that everything before it would be left out of inductor's graph as unused."""
+    taken = {function: KERNELS.pop(function) for function in (F.rms_norm, torch.rms_norm) if function in KERNELS}
+    try:
+        yield
+    finally:
+        KERNELS.update(taken)
 
 
 @contextmanager
