@@ -69,6 +69,32 @@ def loss_only():
     return (lambda: net(x)), net, torch.optim.SGD(net.parameters(), lr=0.1)
 
 
+class Normed(nn.Module):
+    # Two layers with a norm before each; its output is what `form` makes of loss and hidden state.
+
+    def __init__(self, form):
+        super().__init__()
+        self.form = form
+        self.layers = nn.ModuleList(nn.Linear(64, 64, bias=False) for _ in range(2))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = x + layer(nn.functional.rms_norm(x, (64,))).relu().square()
+        return self.form(x.square().mean(), x)
+
+
+def normed():
+    return torch.compile(Normed(lambda loss, x: (loss, x))), torch.empty(1024, 64)
+
+
+def named():
+    return torch.compile(Normed(lambda loss, x: {"loss": loss, "x": x})), {"x": torch.empty(1024, 64)}
+
+
+def cached():
+    return torch.compile(Normed(lambda loss, x: {"loss": loss, "cache": object()})), torch.empty(1024, 64)
+
+
 def chat():
     blocks = nn.ModuleList(nn.Linear(256, 256, bias=False) for _ in range(4))
     table = nn.Embedding(512, 256)
@@ -147,6 +173,21 @@ def test_muon_keeps_one_momentum_and_adamw_two(toy: str) -> None:
     ]
     logits = 4 * 4 * 64 * 512
     assert dict(report.breakdown())["logits"] == 3 * logits  # log_softmax's output, its gradient, and the logits'
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's own, when it first compiles
+def test_a_compiled_module(toy: str) -> None:
+    report = trace_file(f"{toy}:normed")
+    x = 4 * 1024 * 64
+    # A layer keeps its normed input and its output, or what relu's backward reads of it; norms keep statistics.
+    assert 3 * x <= report.saved_for_backward_bytes <= 6 * x
+    named = trace_file(f"{toy}:named")
+    assert (report.live_bytes, report.phases) == (named.live_bytes, named.phases)
+    assert any("torch.compile" in line for line in report.assumptions)
+    with pytest.raises(GptfitError, match="returns a object with them"):
+        trace_file(f"{toy}:cached")
+    with pytest.raises(GptfitError, match="compile=True is for a module"):
+        trace_file(f"{toy}:whole", compile=True)
 
 
 def test_ours_and_a_file_of_the_same_step_agree(tmp_path: Path) -> None:

@@ -261,7 +261,7 @@ def trace(
     """
     from gptfit.card import find_card, need_card
     from gptfit.report.output import respond
-    from gptfit.report.traces import after_trace, card_notes, fit_view, trace_view
+    from gptfit.report.traces import after_trace, fit_view, notes_view, trace_view
     from gptfit.scalars import parse_override
 
     asked = asked_for(context, words)
@@ -278,7 +278,7 @@ def trace(
         on_card = (card.profile, card.reserve_bytes) if card else (None, 0)
         answer = trace_file(asked.config or "", *on_card, **keys)
         record, view = answer.to_json, trace_view(answer, verbose)
-    respond(json, record, view, card_notes(card), after_trace(answer, asked, fit))
+    respond(json, record, view, notes_view(answer, card), after_trace(answer, asked, fit))
     return NO if answer.verdict == "does_not_fit" else YES
 
 

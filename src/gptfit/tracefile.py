@@ -55,6 +55,7 @@ class TraceReport:
     saved_for_backward_bytes: int
     phases: tuple[tuple[str, int], ...]
     assumptions: tuple[str, ...]
+    notes: tuple[str, ...]
 
     @property
     def allocated_bytes(self) -> int:
@@ -109,6 +110,8 @@ class TraceReport:
             "saved_for_backward_bytes": self.saved_for_backward_bytes,
             "phases": [{"name": name, "peak_live_bytes": n_bytes} for name, n_bytes in self.phases],
             "assumptions": list(self.assumptions),
+            "notes": list(self.notes),
+            "fit": None,
         }
 
 
@@ -163,6 +166,7 @@ def trace_factory(
         saved_for_backward_bytes=traced.saved_for_backward_bytes,
         phases=tuple(traced.phases.items()),
         assumptions=assumptions(loop, context_bytes, profile, reserve_bytes),
+        notes=tuple(loop.notes),
     )
 
 

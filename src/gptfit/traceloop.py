@@ -6,7 +6,8 @@ for it: backward where it returns a loss, the optimizer's step where it takes no
 
 import logging
 import sys
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -52,6 +53,7 @@ class Loop:
         self.steps_itself = self.is_stepping = False
         self.stack = ExitStack()
         self.vocab_size = 0
+        self.notes: list[str] = []
         self.is_compiled = run.compile
 
     def job(self, recorder: Recorder) -> Job:
@@ -60,25 +62,43 @@ class Loop:
         self.made = made = self.make()
         if "torch._dynamo" in sys.modules:  # else nothing is compiled, and importing it takes a second
             self.stack.enter_context(torch.compiler.set_stance("force_eager"))
+            if made.batch is None and any(hasattr(part, "_orig_mod") for part in made.model.modules()):
+                self.notes.append("what a callable runs under torch.compile is traced as eager code")
         inner = getattr(made.model, "_orig_mod", None)  # torch.compile's wrapper
         if isinstance(inner, nn.Module):
-            made.model, self.is_compiled = inner, True
+            made.model, self.is_compiled = inner, made.batch is not None
         model = made.model
         if made.batch is not None:
-            named = dict(made.batch) if isinstance(made.batch, Mapping) else dict(enumerate(made.batch))
+            named = named_parts(made.batch)
             for name, value in named.items():
                 for tensor in tensors_in(value):
                     recorder.label(tensor, f"input {name}", "buffer")
             self.inputs = targets_last(named)
         self.vocab_size = vocabulary_of(model)
         if self.is_compiled:
-            if made.batch is None or isinstance(made.batch, Mapping):
-                raise GptfitError("a compiled step is traced for a module with a batch of tensors in order",
-                                  "return (module, (x, y)), or trace it with compile=False")  # fmt: skip
-            self.stack.enter_context(norms_in_parts())
-            plan_module(model, recorder)
+            self.plan(model)
         self.optimizers = made.optimizers
         return Job(model, self.step, self.forward, self.forward, lambda: self.inputs)
+
+    def plan(self, model: nn.Module) -> None:
+        """Takes the module as inductor would run it.
+
+        Raises GptfitError for a callable: what of it would be compiled is not known.
+        """
+        batch = self.made.batch
+        if batch is None:
+            raise GptfitError(
+                "compile=True is for a module with a batch, not for a callable", "return (module, batch) instead"
+            )
+        self.stack.enter_context(norms_in_parts())
+        in_order = InOrder(model, batch)
+        plan_module(in_order, self.recorder)
+        self.call = lambda: in_order(*in_order.tensors)
+
+    def call(self) -> Any:
+        """Runs the module on its batch."""
+        batch = self.made.batch or ()
+        return self.made.model(**batch) if isinstance(batch, Mapping) else self.made.model(*batch)
 
     def step(self) -> None:
         """One optimizer step."""
@@ -113,12 +133,7 @@ class Loop:
         the next one returns, as in a loop that assigns it to a variable."""
         self.recorder.begin_forward(self.inputs)
         with self.autocast:
-            if self.made.micro_step is not None:
-                output = self.made.micro_step()
-            elif isinstance(self.made.batch, Mapping):
-                output = self.made.model(**self.made.batch)
-            else:
-                output = self.made.model(*(self.made.batch or ()))
+            output = self.made.micro_step() if self.made.micro_step is not None else self.call()
         self.held = [output, None]
         return output
 
@@ -185,6 +200,52 @@ class Loop:
             autograd._engine_run_backward = engine
             for handle in handles:
                 handle.remove()
+
+
+class InOrder(nn.Module):
+    """A module as inductor's plan takes it: the tensors of its batch in order, those of its output as a tuple.
+
+    Raises GptfitError where its output holds what is neither a tensor nor nothing.
+    """
+
+    def __init__(self, model: nn.Module, batch: "Sequence[Any] | Mapping[str, Any]") -> None:
+        super().__init__()
+        self.model = model
+        self.named: dict[Any, Any] = named_parts(batch)
+        self.by_name = isinstance(batch, Mapping)
+        self.names = [name for name, value in self.named.items() if isinstance(value, Tensor)]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [self.named[name] for name in self.names]
+
+    def forward(self, *tensors: Tensor) -> Any:
+        named = {**self.named, **dict(zip(self.names, tensors, strict=True))}
+        with told_that_it_compiles():
+            output = self.model(**named) if self.by_name else self.model(*named.values())
+        if isinstance(output, Tensor):
+            return output
+        values = tuple(output.values() if isinstance(output, Mapping) else output)
+        for value in values:
+            if not isinstance(value, Tensor | None):
+                raise GptfitError(
+                    f"a compiled module has to return tensors, and {type(self.model).__name__} returns a "
+                    f"{type(value).__name__} with them",
+                    "take it out of the output (Hugging Face's models: config.use_cache = False)",
+                )
+        return tuple(value for value in values if isinstance(value, Tensor))
+
+
+@contextmanager
+def told_that_it_compiles() -> Iterator[None]:
+    """Code that asks torch.compiler.is_compiling(), to leave out branches on values, hears what torch.compile says."""
+    compiler: Any = torch.compiler
+    before = compiler._is_compiling_flag
+    compiler._is_compiling_flag = True
+    try:
+        yield
+    finally:
+        compiler._is_compiling_flag = before
 
 
 class OnCpu(TorchFunctionMode):
@@ -261,12 +322,15 @@ def norms_in_parts() -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the traceback that torch logs where an op refuses its arguments: it is raised, too."""
+    """Without the traceback that torch logs where an op refuses its arguments, which is raised, too, and without its
+    warning that compiled modules do not call the tracer's hooks."""
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Using `torch.compile", UserWarning)
+            yield
     finally:
         logger.setLevel(level)
 
@@ -295,6 +359,11 @@ def as_on_cuda(optimizer: Any) -> None:
     for group in optimizer.param_groups:
         if group.get("foreach", False) is None and not group.get("fused"):
             group["foreach"] = not group.get("differentiable", False)
+
+
+def named_parts(batch: "Sequence[Any] | Mapping[str, Any]") -> dict[Any, Any]:
+    """A batch by name, or by number where it has an order."""
+    return dict(batch) if isinstance(batch, Mapping) else dict(enumerate(batch))
 
 
 def targets_last(named: Mapping[Any, Any]) -> tuple[Tensor, ...]:

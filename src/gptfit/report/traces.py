@@ -69,9 +69,9 @@ def fit_view(fit: "BatchFit", verbose: bool = False) -> Iterator[RenderableType]
     yield from trace_view(fit.report, verbose)
 
 
-def card_notes(card: "Card | None") -> Iterator[RenderableType]:
-    """What to know of the card."""
-    yield from (Text(f"note: {note}", style=QUIET) for note in (card.notes if card else ()))
+def notes_view(report: "TraceReport", card: "Card | None") -> Iterator[RenderableType]:
+    """What to know of the trace and of the card."""
+    yield from (Text(f"note: {note}", style=QUIET) for note in (*report.notes, *(card.notes if card else ())))
 
 
 def after_trace(report: "TraceReport", asked: Asked, fitted: bool) -> Iterator[RenderableType]:
