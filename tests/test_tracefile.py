@@ -411,6 +411,18 @@ def test_a_key_that_neither_file_nor_run_knows(toy: str) -> None:
         trace_file(f"{toy}:make", batchsize=8)
 
 
+def test_arguments_of_any_name_reach_the_function(tmp_path: Path) -> None:
+    path = tmp_path / "names.py"
+    path.write_text(
+        "import torch\ndef make(spec, profile, reserve_bytes, dtype):\n"
+        "    net = torch.nn.Sequential(torch.nn.Linear(spec, 1), torch.nn.Flatten(0))\n"
+        "    return net.to(getattr(torch, dtype)), torch.ones(1, profile * reserve_bytes).to(getattr(torch, dtype))\n"
+    )
+    report = trace_file(f"{path}:make", **{"spec": 6, "profile": 2, "reserve_bytes": 3, "dtype": "bfloat16"})
+    assert {row.dtype for row in report.tensors if row.category == "parameter"} == {"bfloat16"}
+    assert "no autocast" in report.assumptions  # the function's own dtype, not autocast's
+
+
 def test_a_refused_trace_leaves_torch_as_it_was(bad: str) -> None:
     import torch
 

@@ -119,9 +119,7 @@ def is_plain(value: Any) -> bool:
     return value is None or isinstance(value, bool | int | float | str)
 
 
-def trace_file(
-    spec: str, profile: GpuProfile | None = None, reserve_bytes: int = 0, steps: int = STEPS, **keys: Any
-) -> TraceReport:
+def trace_file(spec: str, profile: GpuProfile | None = None, reserve_bytes: int = 0, /, **keys: Any) -> TraceReport:
     """Traces the steady step of what `FILE.py:NAME` makes. Imports the file and calls the function: it is the
     user's own code.
 
@@ -130,7 +128,7 @@ def trace_file(
     Raises GptfitError for a file, name, key or return value that is none, for an exception in the user's code, and
     for what cannot be traced, naming the op.
     """
-    return trace_factory(load_factory(spec), spec, profile, reserve_bytes, steps, **keys)
+    return trace_factory(load_factory(spec), spec, profile, reserve_bytes, **keys)
 
 
 def trace_factory(
@@ -138,14 +136,14 @@ def trace_factory(
     source: str,
     profile: GpuProfile | None = None,
     reserve_bytes: int = 0,
-    steps: int = STEPS,
+    /,
     **keys: Any,
 ) -> TraceReport:
     """`trace_file` for a factory that is loaded already; `source` is how it was named."""
     arguments, run = sort_keys(factory, keys)
     loop = Loop(lambda: factory(**arguments), run)
     with users_code(factory.path), loop.watched():
-        traced = trace_step(loop.job, steps)
+        traced = trace_step(loop.job, STEPS)
     workspace_bytes = cublas_workspace_bytes(profile.compute_capability if profile else None)
     whole = Tape(with_scratch(loop.recorder.items(loop.starts[0], loop.stop), workspace_bytes))
     replayed = replay(whole, run.expandable_segments)

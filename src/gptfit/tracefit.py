@@ -70,7 +70,7 @@ class BatchFit:
         }
 
 
-def fit_batch(spec: str, profile: GpuProfile, reserve_bytes: int = 0, **keys: Any) -> BatchFit:
+def fit_batch(spec: str, profile: GpuProfile, reserve_bytes: int = 0, /, **keys: Any) -> BatchFit:
     """The largest batch_size at which the step that `FILE.py:NAME` makes fits `profile`. `keys` as for trace_file;
     a batch_size among them, or else the function's default, is where the search begins.
 
