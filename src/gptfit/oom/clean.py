@@ -1,65 +1,119 @@
-"""A paste as it was printed: without quotes, prefixes, colours, markup and progress bars.
+"""A paste as the program printed it: without quotes, prefixes, colours, markup and progress bars.
 
 Every pattern is anchored or bounded, so that a line of a megabyte costs no more than reading it.
 """
 
 import html
+import json
 import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
 
-# What is looked at around the words that name an out-of-memory error; the rest of a long log is passed over.
-WINDOW = 60_000
-MAX_LINE = 20_000
+from gptfit.oom.prefixes import common_prefixes, strip_prefixes
+
+# Read whole up to here; of a longer text what stands around the words below.
+WHOLE = 300_000
+CHUNK = 1 << 20
+BEFORE, AFTER, HEAD, TAIL = 16_000, 6_000, 24_000, 48_000
+MAX_LINE = 4_000
 LOUD = (
     "out of memory",
     "outofmemory",
     "tried to allocate",
+    "exceed allowed memory",
     "alloc_failed",
-    "killed",
-    "memoryerror",
+    "allocate memory",
     "unable to allocate",
+    "memoryerror",
+    "oom-kill",
+    "oom_kill",
+    "killed",
+    "sigkill",
+    "bus error",
+    "shared memory",
+    "out of resource",
+    "bad_alloc",
+    "cuda error",
+    "cuda calloc",
 )
 
-_ANSI = re.compile(r"\x1b\[[0-9;?]{0,20}[ -/]{0,3}[@-~]|\x1b[\]P][^\x07\x1b]{0,200}(?:\x07|\x1b\\)?|\x1b.?")
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One line of the program's own output. `rank` is empty where no prefix tells it; `full` says that it is as
+    wide as the paste was wrapped to, so that the next line goes on with it."""
+
+    text: str
+    rank: str = ""
+    full: bool = False
+
+
+# What a terminal may take for a command. The escape character is sometimes lost or written out on the way.
+_ANSI = re.compile(
+    r"(?:\x1b|␛|\^\[|\\x1b|\\u001b|\\033|\\e)\[[0-9;:?<>=]{0,24}[ -/]{0,3}[@-~]"
+    r"|\x9b[0-9;:?]{0,24}[ -/]{0,3}[@-~]"
+    r"|\x1b[\]P_^X][^\x07\x1b\n]{0,400}(?:\x07|\x1b\\)?"
+    r"|\x1b[ -/]{0,3}[0-~]?"
+    r"|\[\d{1,3}(?:;\d{1,3}){0,6}m|\[0?K(?=$|[A-Z ])"
+)
+_CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x9f\ufeff\u200b-\u200f\u202a-\u202e\u2060-\u2069\u00ad]")
+# torch 2.3 printed the device's number as a character: NUL (where the message ends) for 0, \x01 for 1.
+_DEVICE_AS_CHARACTER = re.compile(r"(?<=GPU )(?:([\x01-\x08])|\^([A-H]))(?= has a total)")
+_BREAK = re.compile(r"<(?:br\s{0,3}/?|/p|/div|/tr|/li|/pre|/h\d)\s{0,3}>", re.I)
+_CELL = re.compile(r"</t[dh]>", re.I)
 _TAG = re.compile(
-    r"</?(?:pre|code|div|span|p|br|td|tr|table|b|i|font|body|html|li|ul|ol|a|em|strong)\b[^<>]{0,200}>", re.I
+    r"</?(?:pre|code|div|span|p|br|td|th|tr|table|tbody|thead|b|i|u|font|body|html|li|ul|ol|a|em|strong|kbd|samp|"
+    r"tt|blockquote|details|summary|h\d|hr|img|sub|sup|mark|small)(?:\s[^<>]{0,300})?/?>",
+    re.I,
 )
-_PREFIXES = tuple(
-    re.compile(pattern)
-    for pattern in (
-        r"(?:>\s?){1,8}",
-        r"[│┃║╎┆]\s?",
-        r"\[?(?:default|rank|RANK|Rank|worker|local_rank|node)[ _:-]?\d{1,5}(?:[:\]]|\]:)\s?:?\s?",
-        r"\[\d{1,4}\]:\s",
-        r"\d{1,4}:\s(?=\S|\s{2})",
-        r"\[?\d{4}-\d\d-\d\d[T ,]\d\d:\d\d:\d\d(?:[.,]\d{1,9})?(?:Z|[+-]\d\d:?\d\d)?\]?\s?",
-        r"\[?\d\d:\d\d:\d\d(?:[.,]\d{1,6})?\]?\s",
-        r"[A-Z][a-z]{2}\s{1,2}\d{1,2}\s\d\d:\d\d:\d\d\s\S{1,60}\s\S{1,60}:\s",
-        r"[|:-]?\s?(?:ERROR|CRITICAL|WARNING|INFO|DEBUG|STDERR|stderr|stdout)\b\s?[:|-]?\s?",
-        r"(?:E|W|I)\d{4}\s\d\d:\d\d:\d\d\.\d{1,9}\s{1,6}\d{1,9}\s\S{1,80}\]\s",
-        r"\S{1,40}\s{1,3}\|\s",
-    )
+_ENTITY = re.compile(r"&(?:lt|gt|quot|amp|apos|nbsp|#\d{2,5}|#x[0-9a-f]{2,4});", re.I)
+_FULLWIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
+_PLAIN = {**_FULLWIDTH, **dict.fromkeys(map(ord, "“”„‟″«»"), '"'), **dict.fromkeys(map(ord, "‘’‚‛′"), "'")}
+_PLAIN |= {**dict.fromkeys(map(ord, "\u00a0\u2007\u202f\u3000"), " "), ord("。"): ".", ord("、"): ",", ord("∶"): ":"}
+# A progress bar, with its description where it begins the line; what follows it was printed by someone else.
+_BAR = re.compile(
+    r"(?:^[\w /#().:,=\-\[\]]{0,60}?:?\s{0,8})?(?<![\d.])\d{1,3}%\|[^|]{0,240}\|\s{0,4}[\d.,?kKMGT]{1,12}/"
+    r"[\d.,?kKMGT]{1,12}(?:\s{0,3}[A-Za-z]{1,8})?\s{0,3}\[[^\]]{0,160}\]"
+    r"|^[\w /#().:,=\-]{0,60}?(?:\d{1,9}it|(?<![\d.])\d{1,3}% [\d.kMG]{1,9}/[\d.kMG]{1,9}) \[[^\]]{0,120}\]"
+    r"|^[^\n]{0,60}?[━╸╺█▉▊▋▌▍▎▏▁▂▃▄▅▆▇░▒▓]{6,200}[^\n]{0,80}\d{1,9}/\d{1,9}[^\n]{0,60}$"
 )
-_RANK = re.compile(r"^\[?(?:default|rank|RANK|Rank)[ _:-]?(\d{1,5})[:\]]")
-_BOX = str.maketrans(dict.fromkeys("╭╮╰╯─━┌┐└┘├┤┬┴┼═╔╗╚╝╠╣", " "))
-_BAR = re.compile(r"\d{1,3}%\||\bit/s\]|\bs/it\]|[█▏▎▍▌▋▊▉]{2}")
+_FRAMED = ("│", "┃", "║", "|", "╮", "╯", "┐", "┘")  # in a box or a table all lines have one width
+_QUOTE = re.compile(r"(?:>\s?){1,12}")
+_INLINE_RANK = re.compile(r"\s(?=\[rank\d{1,5}\]:)")
+_INLINE_FRAME = re.compile(
+    r'\s{1,8}(?=File "[^"\n]{1,300}", line \d|Traceback \(most recent|During handling of the above|'
+    r"(?:torch\.)?(?:cuda\.)?(?:OutOfMemory|Runtime|Accelerator)Error: )"
+)
+_ESCAPED_BREAK = re.compile(
+    r"\\n(?=(?:\\t| ){0,12}(?:File |Traceback|During |The above|[\w.]{0,80}(?:Error|Exception)\b)|   |\\n)"
+)
+_ESCAPE = re.compile(r"\\(u[0-9a-fA-F]{4}|x[0-9a-fA-F]{2}|033|.)")
+_NAMED = {"n": "\n", "r": "\n", "t": "    ", "e": "\x1b", "033": "\x1b"}
+_JSON_SKIP = frozenset(
+    ("time", "timestamp", "ts", "stream", "level", "levelname", "logger", "name", "host", "hostname")
+)
 
 
 def window(text: str) -> str:
-    """The parts of a long text around what matters, from one pass over it."""
-    if len(text) <= 2 * WINDOW:
+    """The parts of a long text around what matters: its head, its end, the first and last hit of each word."""
+    if len(text) <= WHOLE:
         return text
-    low = text.lower()
-    spans: list[tuple[int, int]] = [(0, 4000), (len(text) - WINDOW // 2, len(text))]
-    for word in LOUD:
-        at = low.find(word)
-        for _ in range(3):
-            if at < 0:
-                break
-            spans.append((max(0, at - WINDOW // 2), at + WINDOW // 4))
-            at = low.find(word, at + WINDOW)
-    spans.sort()
+    first: dict[str, int] = {}
+    last: dict[str, int] = {}
+    for start in range(0, len(text), CHUNK):
+        low = text[start : start + CHUNK + 64].lower()
+        for word in LOUD:
+            at = low.find(word)
+            if at >= 0:
+                first.setdefault(word, start + at)
+                last[word] = start + low.rfind(word)
+    spans = [(0, HEAD), (len(text) - TAIL, len(text))]
+    for hits in (first, last):
+        spans += [(max(0, at - BEFORE), at + AFTER) for at in hits.values()]
     merged: list[tuple[int, int]] = []
-    for start, end in spans:
+    for start, end in sorted(spans):
         if merged and start <= merged[-1][1]:
             merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
         else:
@@ -67,51 +121,107 @@ def window(text: str) -> str:
     return "\n".join(text[start:end] for start, end in merged)
 
 
-def clean_lines(text: str) -> list[tuple[str, str]]:
-    """(rank, line) of each line as the program printed it; the rank is empty where no prefix tells it."""
-    text = window(text)
-    if "\\n" in text and text.count("\n") < 4:
-        text = text.replace("\\r\\n", "\n").replace("\\n", "\n").replace('\\"', '"')
-    if "&" in text and ("&lt;" in text or "&quot;" in text or "&gt;" in text or "&#" in text or "&amp;" in text):
-        text = html.unescape(text)
-    text = text.replace("\x00", " ").replace("\u00a0", " ")
-    lines: list[tuple[str, str]] = []
-    for raw in re.split(r"\r\n|\n|\r", text):
-        line = _ANSI.sub("", raw[:MAX_LINE])
-        if "<" in line:
-            line = _TAG.sub("", line)
-        line = line.translate(_BOX)
-        rank = ""
-        for _ in range(4):  # prefixes come one inside the other
-            found = _RANK.match(line)
-            rank = found.group(1) if found else rank
-            shorter = _strip_prefix(line)
-            if shorter == line:
-                break
-            line = shorter
-        line = line.rstrip(" │┃║|\t") if line.endswith(("│", "┃", "║")) else line
-        if _BAR.search(line[:400]):
+def clean_lines(text: str) -> list[Line]:
+    """The lines of a paste as the program printed them, each with the rank that printed it."""
+    raw = [line for line in _raw_lines(_without_markup(window(text))) if line.strip()]
+    width = _wrapped_to(raw)
+    common = common_prefixes(raw)
+    lines: list[Line] = []
+    for line in raw:
+        if line.startswith("\0"):  # a further piece of an overlong line
+            lines[-1:] = [Line(lines[-1].text, lines[-1].rank, full=True)] if lines else []
+            lines.append(Line(line[1:], lines[-1].rank if lines else ""))
             continue
-        lines.append((rank, line))
+        stripped, rank = strip_prefixes(line, common)
+        stripped = _BAR.sub("", stripped, count=4) if "%|" in line or "/s" in line or "━" in line else stripped
+        if stripped.strip():
+            lines.append(Line(stripped, rank, full=0 < width <= len(line.rstrip()) and not line.endswith(_FRAMED)))
     return lines
 
 
-def _strip_prefix(line: str) -> str:
-    for pattern in _PREFIXES:
-        found = pattern.match(line)
-        if found and found.end():
-            return line[found.end() :]
-    return line
+def _without_markup(text: str) -> str:
+    """Entities, tags, typographic quotes and full-width forms made plain; no control character is left."""
+    text = _DEVICE_AS_CHARACTER.sub(_device_number, text)
+    if "<" in text:
+        text = _TAG.sub("", _CELL.sub(" | ", _BREAK.sub("\n", text)))
+    for _ in range(2):  # escaped twice, where a page shows another page's text
+        if _ENTITY.search(text):
+            text = html.unescape(text)
+    if "<br" in text:
+        text = _BREAK.sub("\n", text)
+    return text if text.isascii() else text.translate(_PLAIN)
 
 
-def squashed(lines: list[str]) -> str:
-    """All characters but white space: a line that was wrapped, in a word even, reads as it was."""
-    return re.sub(r"[\s\u3000]+", "", "".join(lines)).translate(_WIDE)
+def _device_number(found: re.Match[str]) -> str:
+    return str(ord(found.group(1))) if found.group(1) else str(ord(found.group(2)) - ord("@"))
 
 
-_WIDE = str.maketrans("（）；：，。［］", "();:,.[]")
+def _raw_lines(text: str) -> Iterator[str]:
+    """Lines of at most MAX_LINE; further pieces of a longer one begin with NUL."""
+    for line in text.splitlines():
+        for unescaped in _unescaped(line):
+            plain = _CONTROL.sub("", _ANSI.sub("", unescaped))
+            if plain.count("]:") > 1 and _INLINE_RANK.search(plain):
+                plain = _INLINE_RANK.sub("\n", plain)
+            if plain.count('File "') > 1 or (plain.count("Traceback (") and len(plain) > 60):
+                plain = _INLINE_FRAME.sub("\n", plain)
+            for part in plain.split("\n"):
+                yield part[:MAX_LINE]
+                for start in range(MAX_LINE, len(part), MAX_LINE):
+                    yield "\0" + part[start : start + MAX_LINE]
+
+
+def _unescaped(line: str) -> list[str]:
+    """The lines in one line of a JSON log, or in one whose line breaks are written as backslash and n."""
+    begins = line.find('{"', 0, 200)
+    if begins >= 0 and line.rstrip().endswith("}"):
+        try:
+            texts = list(_strings(json.loads(line[begins:])))
+        except (ValueError, RecursionError):
+            texts = []
+        if texts:
+            return [part for text in texts for part in text.splitlines()]
+    for _ in range(3):  # JSON in JSON
+        if "\\n" not in line or not _ESCAPED_BREAK.search(line):
+            break
+        line = _ESCAPE.sub(_unescape, line)
+    return line.split("\n")
+
+
+def _unescape(found: re.Match[str]) -> str:
+    code = found.group(1)
+    if code in _NAMED:
+        return _NAMED[code]
+    if len(code) > 1:
+        return chr(int(code[1:], 16))
+    return code if code in "\"'\\/" else found.group()
+
+
+def _strings(value: object, depth: int = 0) -> Iterator[str]:
+    """The texts of a JSON log record, in order."""
+    if isinstance(value, str):
+        yield value
+    elif depth < 4 and isinstance(value, dict):
+        for key, inner in value.items():
+            if key not in _JSON_SKIP:
+                yield from _strings(inner, depth + 1)
+    elif depth < 4 and isinstance(value, list):
+        for inner in value:
+            yield from _strings(inner, depth + 1)
+
+
+def _wrapped_to(raw: list[str]) -> int:
+    """The width at which a terminal cut the lines, or 0: the longest width, if several lines have exactly that."""
+    widths = Counter(len(line.rstrip()) for line in raw if not line.endswith(_FRAMED))
+    width = max(widths, default=0)
+    if not 30 <= width <= 400 or widths[width] + widths[width - 1] < 2:
+        return 0
+    follows = [_QUOTE.sub("", after) for line, after in pairwise(raw) if len(line.rstrip()) == width]
+    cut = [after for after in follows if not after.startswith(("    ", "  File", "File", "Traceback", "^", "~"))]
+    return width - 1 if cut and len(cut) >= len(follows) // 2 else 0
 
 
 def printable(text: str) -> str:
-    """`text` with control characters left out, so that nothing of a paste reaches the terminal as a command."""
-    return "".join(character for character in _ANSI.sub("", text) if character.isprintable() or character in "\n\t")
+    """`text` without control characters, so that nothing of a paste reaches the terminal as a command."""
+    plain = _CONTROL.sub("", _ANSI.sub("", text))
+    return "".join(character for character in plain if character.isprintable() or character in "\n\t")

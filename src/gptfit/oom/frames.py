@@ -1,11 +1,32 @@
-"""The frames of a traceback, and the phase of training that they tell."""
+"""The frames of tracebacks: Python's own, rich's, IPython's and pytest's, wrapped or not."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-_FRAME = re.compile(r'^\s*File "([^"\n]{1,300})", line (\d{1,7})(?:, in (.{1,120}))?')
-_CELL = re.compile(r"^(?:Cell In\[\d{1,5}\]|/\S{1,200}|<ipython-input-\S{1,40}>) (?:in |, line |line )")
-_CARETS = re.compile(r"^[\s^~]+$")
+MOST_FRAMES = 400
+
+_PYTHON = re.compile(
+    r'File\s{0,3}(?:"([^"\n]{1,400})"|((?:[A-Za-z]:)?[\w./\\<>~ -]{1,300}?(?:\.py|>)))'
+    r"\s{0,3},?\s{0,3}line\s{0,3}(\d{1,7})"
+    r"(?:\s{0,3},?\s{0,3}in\s{0,3}(<?[\w.]{1,120}>?)(?:\(\))?(?:\s{2,}(\S.{0,400}))?)?"
+)
+_RICH = re.compile(r"\s{0,3}(\S[^\n]{0,300}?\.pyx?|\S*<[\w. ]{1,60}>):(\d{1,7}) in\s{0,3}([\w.<>]{1,120})?\s*$")
+_RICH_ARROW = re.compile(r"\s{0,3}[❱>]\s{1,3}(\d{1,7})\s{1,3}[│|]?([ │|]{0,80})(\S.{0,400})")
+_CELL = re.compile(r"\s{0,3}(?:Cell|Input) In\s?\[(\d{1,5})\](?:, (?:line|in) (?:<cell )?(?:line: )?(\d{1,7}))?")
+_IPYTHON = re.compile(r"\s{0,3}File (\S[^\n]{0,300}?):(\d{1,7}), in ([\w.<>]{1,120})")
+_IPYTHON_OLD = re.compile(
+    r"\s{0,3}(~?/\S{1,300}\.pyx?|[A-Za-z]:\\\S{1,300}\.py|<ipython-input-\S{1,60}>|/tmp/ipykernel_\S{1,80})"
+    r" in ([\w.<>]{1,120})"
+)
+_ARROW = re.compile(r"\s{0,3}-{2,8}> ?(\d{1,7})\s(.{0,400})")
+_PYTEST = re.compile(r"([\w./\\-]{1,300}\.py):(\d{1,7}): in ([\w.<>]{1,120})")
+_CARETS = re.compile(r"[\s^~]+$")
+_NO_CODE = re.compile(
+    r"\s{0,4}(?:File\s|Traceback \(most|During handling|The above exception|\[Previous line|frame #\d|"
+    r"(?:[a-z_]\w{0,40}\.){0,6}[A-Z]\w{0,60}(?:Error|Exception|Interrupt|Exit)\b)"
+)
+_HEADER = re.compile(r"traceback\(most")
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,83 +39,115 @@ class Frame:
     code: str
 
 
-def read_frames(lines: list[str]) -> list[Frame]:
-    """Frames in the order printed, outermost first; wrapped file names are joined again."""
-    frames: list[Frame] = []
+def read_frames(lines: Sequence[tuple[int, str]]) -> list[tuple[int, Frame]]:
+    """(line number, frame) in the order printed, outermost first. `lines` are (number, text) of logical lines."""
+    frames: list[tuple[int, Frame]] = []
     index = 0
-    while index < len(lines) and len(frames) < 200:
-        text = lines[index]
-        found = _FRAME.match(text)
-        if found is None and 'File "' in text and index + 1 < len(lines):  # wrapped inside the frame's own line
-            text = text + lines[index + 1]
-            found = _FRAME.match(text)
-            index += 1 if found else 0
-        if found is not None:
-            code = ""
-            for follower in lines[index + 1 : index + 4]:
-                if 'File "' in follower or not follower.strip():
-                    break
-                if not _CARETS.match(follower):
-                    code = follower.strip()
-                    break
-            frames.append(Frame(found.group(1), int(found.group(2)), (found.group(3) or "").strip(), code[:400]))
-        elif text.lstrip().startswith(("---->", "--> ")) or _CELL.match(text):
-            code = text.split(maxsplit=2)[-1] if text.lstrip().startswith("--") else ""
-            frames.append(Frame("notebook", 0, "", code[:400]))
+    while index < len(lines) and len(frames) < MOST_FRAMES:
+        number, text = lines[index]
+        if _CARETS.match(text):
+            index += 1
+            continue
+        frame, used = _frame_at(lines, index)
+        if frame is not None:
+            if not frames or frames[-1][1] != frame:
+                frames.append((number, frame))
+            index += used
+            continue
+        arrow = _ARROW.match(text) or _RICH_ARROW.match(text)
+        if arrow is not None and frames:
+            _give_code(frames, int(arrow.group(1)), arrow.groups()[-1].strip())
         index += 1
     return frames
 
 
-# Tested in this order on everything that was printed of frames; the first that is found decides.
-PHASES: tuple[tuple[str, str], ...] = (
-    (
-        "eval",
-        r"estimate_loss|def evaluate|\bin evaluate|\bevaluate\(|validate\(|in validate|evaluation_loop|prediction_step|"
-        r"eval_step|compute_perplexity|\bgenerate\(|in generate|model\.eval\(|val_loss|test_loop|in eval",
-    ),
-    (
-        "checkpoint",
-        r"torch\.load\(|load_state_dict|load_checkpoint|torch\.save\(|save_checkpoint|in _load|restore_location",
-    ),
-    (
-        "optimizer",
-        r"optimizer\.step|optim[/\\]|opt\.step\(|_foreach_|_multi_tensor|_single_tensor|clip_grad|scaler\.step|"
-        r"exp_avg|zero_grad|_init_group",
-    ),
-    (
-        "compile",
-        r"autotune|benchmark_all_configs|benchmark_choice|do_bench|select_algorithm|coordesc|_inductor[/\\]compile_fx|"
-        r"AsyncCompile|compile_worker",
-    ),
-    (
-        "backward",
-        r"\.backward\(|autograd[/\\]__init__|_engine_run_backward|run_backward|call_compiled_backward|in backward|"
-        r"recompute_fn|CompiledFunctionBackward",
-    ),
-    (
-        "model_load",
-        r"\.to\(device|\.to\('cuda|\.to\(\"cuda|\.cuda\(|_apply\(|in _apply|from_pretrained|module\.to\(|"
-        r"model\.to\(|t\.to\(|\.half\(\)|in convert|load_model|init_empty|wrap_model|DDP\(",
-    ),
-    ("data", r"pin_memory|get_batch|DataLoader|dataloader|collate|in __next__|_next_data"),
-    (
-        "forward",
-        r"in forward|forward_call|_call_impl|forward\(|lm_head|cross_entropy|self\.attn|self\.mlp|"
-        r"logits\s*[,=]|call_compiled|model\(|net\(",
-    ),
-)
-_PHASES = tuple((name, re.compile(pattern)) for name, pattern in PHASES)
+def _give_code(frames: list[tuple[int, Frame]], line: int, code: str) -> None:
+    """The marked line of a listing belongs to the frame above it."""
+    number, last = frames[-1]
+    if not last.code:
+        frames[-1] = (number, Frame(last.file, last.line or line, last.function, code))
 
 
-def phase_of(frames: list[Frame], lines: list[str]) -> str:
-    """eval, checkpoint, optimizer, compile, backward, model_load, data, forward, or unknown."""
-    printed = [f"in {frame.function} {frame.file} {frame.code}" for frame in frames]
-    text = (
-        "\n".join(printed)
-        if printed
-        else "\n".join(line[:300] for line in lines[-60:] if "out of memory" not in line.lower())
+def _frame_at(lines: Sequence[tuple[int, str]], index: int) -> tuple[Frame | None, int]:
+    """The frame that begins at a line, and how many lines tell it."""
+    text = lines[index][1]
+    for pattern in (_IPYTHON, _PYTEST):
+        found = pattern.match(text)
+        if found is not None:
+            code = "" if pattern is _IPYTHON else _code_after(lines, index + 1)
+            return Frame(found.group(1), int(found.group(2)), found.group(3), code), 1
+    at = text.find("File ", 0, 400)
+    at = text.find('File"', 0, 400) if at < 0 else at
+    if at >= 0:
+        return _python_frame(lines, index, at)
+    if " in" in text:
+        found = _RICH.match(text)
+        if found is not None:
+            follows = lines[index + 1][1].strip() if index + 1 < len(lines) else ""
+            function = found.group(3) or (follows if re.fullmatch(r"[\w.<>]{1,120}", follows) else "")
+            return Frame(found.group(1), int(found.group(2)), function, ""), 1
+        found = _IPYTHON_OLD.match(text)
+        if found is not None:
+            return Frame(found.group(1), 0, found.group(2), ""), 1
+    found = _CELL.match(text)
+    if found is not None:
+        return Frame(f"cell {found.group(1)}", int(found.group(2) or 0), "<module>", ""), 1
+    return _wrapped_rich(lines, index)
+
+
+def _python_frame(lines: Sequence[tuple[int, str]], index: int, at: int) -> tuple[Frame | None, int]:
+    """Python's own form. Where a terminal wrapped it, the following lines are taken in until it is whole."""
+    text = lines[index][1][at : at + 1200]
+    for used in range(1, 7):
+        found = _PYTHON.match(text)
+        follows = lines[index + used][1] if index + used < len(lines) else ""
+        if found is not None and (found.group(4) or not _goes_on(found, text, follows)):
+            code = found.group(5) or _code_after(lines, index + used)
+            file = found.group(1) or found.group(2)
+            return Frame(file.strip(), int(found.group(3)), found.group(4) or "", code[:400]), used
+        if not follows or len(text) > 600 or 'File "' in follows:
+            break
+        text += follows.strip() if text.endswith(" ") or found is None else " " + follows.strip()
+    found = _PYTHON.match(lines[index][1][at : at + 1200])
+    if found is None:
+        return None, 1
+    return Frame((found.group(1) or found.group(2)).strip(), int(found.group(3)), "", _code_after(lines, index + 1)), 1
+
+
+def _goes_on(found: re.Match[str], text: str, follows: str) -> bool:
+    """Whether a frame without a function was cut: its line ends amid `", line 12, in`, or in the number."""
+    tail = text[found.end() :].strip()
+    return tail in (",", ", i", ", in") or (
+        not tail and bool(re.match(r"\s{0,3}(?:\d{0,6},\s?in|,\s?in|in )", follows))
     )
-    for name, pattern in _PHASES:
-        if pattern.search(text):
-            return name
-    return "unknown"
+
+
+def _wrapped_rich(lines: Sequence[tuple[int, str]], index: int) -> tuple[Frame | None, int]:
+    """rich wraps a long path within its box: `/usr/lib/…/modules/mod`, `ule.py:1501 in _call_impl`."""
+    text = lines[index][1].strip()
+    if not text.startswith(("/", "~", "C:\\")) or " " in text or index + 1 >= len(lines):
+        return None, 1
+    for used in (2, 3):
+        text += lines[index + used - 1][1].strip() if index + used - 1 < len(lines) else ""
+        found = _RICH.match(text)
+        if found is not None and found.group(3):
+            return Frame(found.group(1), int(found.group(2)), found.group(3), ""), used
+    return None, 1
+
+
+def _code_after(lines: Sequence[tuple[int, str]], index: int) -> str:
+    """The line of code below a frame: not one of carets, nor another frame. Twins of other ranks are passed over."""
+    for _, text in lines[index : index + 4]:
+        if _CARETS.match(text):
+            continue
+        if _NO_CODE.match(text):
+            if "File" in text[:12] and index and text.strip() == lines[index - 1][1].strip():
+                continue
+            return ""
+        return text.strip()[:400]
+    return ""
+
+
+def is_header(squashed_text: str) -> bool:
+    """Whether a line, white space taken out, begins a traceback."""
+    return bool(_HEADER.search(squashed_text))

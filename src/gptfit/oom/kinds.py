@@ -1,113 +1,103 @@
-"""Which error a text is about. The first rule that is found decides; CUDA's own allocator comes first, as its
-message often stands beside others that follow from it."""
+"""Which error a text is about: the wording of the highest rank; among equals the first in the text."""
 
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-# kind, wording, pattern on the text without white space, explanation for what is no out-of-memory error.
-RULES: tuple[tuple[str, str, str, str], ...] = (
-    ("mps", "mps", r"mpsbackendoutofmemory", ""),
-    ("xpu", "xpu", r"xpuoutofmemory", ""),
-    ("hip", "hip", r"hipoutofmemory|hiperror:?outofmemory|hiperroroutofmemory", ""),
-    (
-        "cuda_async_allocator",
-        "cudaMallocAsync",
-        r"allocationondevice\d?wouldexceedallowedmemory|cudamallocasync.{0,80}outofmemory",
-        "",
-    ),
-    (
-        "per_process_limit",
-        "memory fraction",
-        r"preemptiv\w{0,6}reject|exceed\w{0,4}theallowedmemory|per_process_memory_fraction.{0,60}exceed",
-        "",
-    ),
-    (
-        "cuda_caching_allocator",
-        "",
-        r"cudaoutofmemory\.?(?!.{0,3}$)|triedtoallocate[\d.]{1,18}[kmgt]?i?b.{0,40}gpu|morethan1ebmemory",
-        "",
-    ),
-    ("triton_shared_memory", "triton", r"outofresources?:sharedmemory|triton.{0,60}outofresources", ""),
-    (
-        "shm",
-        "shm",
-        r"insufficientsharedmemory|buserror|/dev/shm|unabletoopensharedmemory|nospaceleftondevice.{0,60}shm",
-        "",
-    ),
-    ("nccl", "nccl", r"nccl.{0,120}(?:outofmemory|failedtocudacalloc)|failedtocudacalloc", ""),
-    ("cublas", "cublas", r"cublas_status_(?:alloc_failed|not_initialized)", ""),
-    (
-        "cudnn",
-        "cudnn",
-        r"cudnn_status_(?:alloc_failed|not_initialized|internal_error)|unabletofindavalidcudnnalgorithm|"
-        r"cudnn.{0,40}unabletofindanengine",
-        "",
-    ),
-    (
-        "not_oom",
-        "",
-        r"device-sideasserttriggered",
-        "a kernel's assertion failed on the GPU: mostly a token id or class index out of "
-        "range. Run once with CUDA_LAUNCH_BLOCKING=1, or on the CPU, to see which",
-    ),
-    (
-        "not_oom",
-        "",
-        r"illegalmemoryaccess|misalignedaddress",
-        "a kernel read or wrote outside its tensors: a bug in a kernel or an "
-        "index, not a lack of memory. CUDA_LAUNCH_BLOCKING=1 shows where",
-    ),
-    (
-        "host_ram",
-        "host",
-        r"defaultcpuallocator|cannotallocatememory|can'tallocatememory|memoryerror|unabletoallocate[\d.]{1,12}[kmgt]ib|"
-        r"std::bad_alloc|cudahostalloc.{0,60}outofmemory|arraymemoryerror",
-        "",
-    ),
-    (
-        "cuda_driver",
-        "driver",
-        r"cudaerror:outofmemory|cudadrivererror:(?:outofmemory|invalidargument)|cuda_error_out_of_memory|"
-        r"cudaerrormemoryallocation|nvml_success==|acceleratorerror.{0,60}outofmemory|cudaoutofmemory",
-        "",
-    ),
-    (
-        "host_killed",
-        "killed",
-        r"oom-kill|oomkilled|outofmemory:killedprocess|exitcode:?(?:137|-9)|signal9|sigkill|returncode-9|"
-        r"exitstatus137|\(killed\)",
-        "",
-    ),
-    (
-        "not_oom",
-        "",
-        r"ncclinvalidargument|ncclinvalidusage|ncclunhandledsystemerror|ncclsystemerror|ncclremoteerror",
-        "NCCL was called wrongly or lost a peer; memory is not the matter",
-    ),
-    (
-        "not_oom",
-        "",
-        r"sigterm|signal15",
-        "the process was told to end (SIGTERM): a scheduler's time limit or a person, not memory",
-    ),
-    (
-        "not_oom",
-        "",
-        r"outofbounds|indexerror|keyerror|valueerror|typeerror|assertionerror|filenotfounderror|modulenotfounderror|"
-        r"importerror|attributeerror|nameerror|syntaxerror|zerodivisionerror|notimplementederror",
-        "an ordinary Python error: its last line says what is wrong",
-    ),
-    ("cuda_caching_allocator", "", r"outofmemory|triedtoallocate", ""),
+from gptfit.oom.stream import Stream
+from gptfit.oom.wordings import FAILED, INDEX, KILLED, LAUNCHER, PINNED, RULES, SIGTERM, Rule
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What a text is about. `explanation` says what it is instead, for what is no out-of-memory error; `at` is the
+    place in the text, or -1."""
+
+    kind: str
+    wording: str = ""
+    explanation: str = ""
+    at: int = -1
+
+
+# What other ranks report when one has ended with an ordinary error.
+FOLLOWS = ("NCCL", "time limit", "SIGSEGV", "KeyboardInterrupt")
+PLAIN_ERRORS = frozenset(
+    ("KeyError", "ValueError", "TypeError", "AttributeError", "ImportError", "ModuleNotFoundError", "FileNotFoundError")
+) | frozenset(("AssertionError", "IndexError", "NameError", "ZeroDivisionError", "NotImplementedError", "SyntaxError"))
+_ERROR_LINE = re.compile(
+    r"\s{0,8}((?:[A-Za-z_]\w{0,60}\.){0,8}[A-Z]\w{0,60}(?:Error|Exception|Exit|Interrupt|Warning))(?::\s(.{0,300})|\s*$)"
 )
-_RULES = tuple((kind, wording, re.compile(pattern), why) for kind, wording, pattern, why in RULES)
-_KILLED = re.compile(r"^\s*(?:\S{1,80}:\s?line\s\d{1,6}:\s+\d{1,9}\s)?Killed\b")
+_SIGNAL_ERROR = re.compile(r"SignalException|ChildFailedError|CalledProcessError|Warning$")
+_KILLED_LINE = re.compile(
+    r"\s{0,8}(?:\S{1,160}:\s?line\s\d{1,6}:\s+\d{1,9}\s+|\[\d{1,4}\]\s*[-+]?\s*\d{1,9}\s+|z?(?:sh|bash):\s"
+    r"|srun: error: \S{1,60} task \S{1,20} )?"
+    r"(?:Killed|killed)(?:\s|$|:)"
+)
+_MENTION = re.compile(r"outofmemory|显存不足|爆显存|メモリ不足")
+# These lines come from a failed check in a kernel; later calls of libraries then fail, whatever their message says.
+_ASSERTED = re.compile(r"assertion.{0,160}failed|device-sideassert")
 
 
-def kind_of(lines: list[str]) -> tuple[str, str, str]:
-    """kind, wording ("" where the figures' wording tells the version), and what it is instead of an OOM."""
-    text = re.sub(r"\s+", "", "".join(line[:4000] for line in lines)).lower()[:400_000]
-    for kind, wording, pattern, why in _RULES:
-        if pattern.search(text):
-            return kind, wording, why
-        if kind == "host_ram" and any(_KILLED.match(line) for line in lines):
-            return "host_killed", "killed", ""
-    return "not_oom", "", "nothing in it speaks of memory"
+def kind_of(lines: Sequence[str], stream: Stream) -> Kind:
+    """What the paste is about. `stream` is that of all `lines`."""
+    text = stream.text
+    found = sorted(_matches(text), key=lambda match: (match[0].rank, match[1]))
+    best = found[0] if found else None
+    if best is not None and best[0].rank <= PINNED:
+        return _kind(*best)
+    if best is not None and best[0].rank == FAILED:
+        asserted = _ASSERTED.search(text)
+        follows = best[0].kind in ("cublas", "cudnn", "cuda_driver") and asserted is not None
+        if not follows or asserted is None or asserted.start() > best[1]:
+            return _kind(*best)
+        explanation = f"a kernel's check failed on the GPU, and the library call after it too: {INDEX}"
+        return Kind("not_oom", "device-side assert", explanation, asserted.start())
+    killed = any(_KILLED_LINE.match(line) for line in lines)
+    if killed or (best is not None and best[0].rank == KILLED):
+        return _kind(*best) if best is not None and best[0].rank == KILLED else Kind("host_killed", "Killed")
+    errors = _errors(lines)
+    if best is not None:
+        earlier = [error for error in errors if error[1] in PLAIN_ERRORS and error[0] < stream.line_at(best[1])]
+        return _python_error(earlier[0]) if earlier and best[0].wording in FOLLOWS else _kind(*best)
+    return _mentioned(errors, text)
+
+
+def _matches(text: str) -> list[tuple[Rule, int]]:
+    hits: list[tuple[Rule, int]] = []
+    for rule in RULES:
+        match = rule.pattern.search(text)
+        if match is not None:
+            hits.append((rule, match.start()))
+    return hits
+
+
+def _kind(rule: Rule, at: int) -> Kind:
+    return Kind(rule.kind, rule.wording, rule.explanation, at)
+
+
+def _errors(lines: Sequence[str]) -> list[tuple[int, str, str]]:
+    """Line number, class and message of each exception that the launcher did not make."""
+    return [
+        (number, found.group(1).rpartition(".")[2], (found.group(2) or "").strip())
+        for number, line in enumerate(lines)
+        if (found := _ERROR_LINE.match(line)) and not _SIGNAL_ERROR.search(found.group(1))
+    ]
+
+
+def _python_error(error: tuple[int, str, str]) -> Kind:
+    _, name, message = error
+    return Kind("not_oom", name, "an ordinary Python error: " + f"{name}: {message}".rstrip(": ")[:200])
+
+
+def _mentioned(errors: list[tuple[int, str, str]], text: str) -> Kind:
+    """No wording of the table: an ordinary error, a signal, or a mere mention of memory."""
+    mention = _MENTION.search(text)
+    if any("OutOfMemory" in name for _, name, _ in errors) or (mention is not None and not errors):
+        return Kind("cuda_caching_allocator", "", "", mention.start() if mention else -1)
+    if errors:
+        return _python_error(errors[-1])
+    for rule in (SIGTERM, LAUNCHER):
+        match = rule.pattern.search(text)
+        if match is not None:
+            return _kind(rule, match.start())
+    return Kind("not_oom", "", "nothing in it speaks of memory")

@@ -1,154 +1,248 @@
-"""A pasted text to facts: which error it is, every figure it prints, where it happened.
+"""A pasted text to facts: which error it is, every figure it prints, where it happened, which run it was.
 
 The message is read with all white space taken out, so wrapping does not matter. A figure that was cut off is not
 a figure: nothing is guessed.
 """
 
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from gptfit.errors import GptfitError
-from gptfit.oom.clean import clean_lines, squashed
-from gptfit.oom.frames import Frame, phase_of, read_frames
-from gptfit.oom.kinds import kind_of
-from gptfit.oom.runkeys import program_of, run_keys
+from gptfit.oom.clean import Line, clean_lines, printable
+from gptfit.oom.figures import Message, best_of, messages_in, repetitions
+from gptfit.oom.frames import Frame, is_header, read_frames
+from gptfit.oom.hints import ShapeHint, gpu_name, program_of, shapes_in, torch_version
+from gptfit.oom.kinds import Kind, kind_of
+from gptfit.oom.phases import phase_of, phase_of_text
+from gptfit.oom.runkeys import run_keys
+from gptfit.oom.stream import Stream, logical_lines, squashed, stream_of
 
-_UNITS = {"bytes": 1, "byte": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
-_UNITS |= {"KB": 1 << 10, "MB": 1 << 20, "GB": 1 << 30, "TB": 1 << 40}
-_UNITS = {unit.lower(): size for unit, size in _UNITS.items()}
-SIZE = r"(\d{1,18}(?:\.\d{1,6})?)(bytes|byte|[KMGT]iB|[KMGT]B)"
-UNKNOWN_BYTES = 1 << 60  # WSL prints 17179869184.00 GiB where the driver does not tell
+__all__ = ["Frame", "OomFacts", "ShapeHint", "printable", "read_paste"]
+
+# Kinds whose message has figures of an allocation.
+WITH_FIGURES = frozenset(
+    (
+        "cuda_caching_allocator",
+        "cuda_async_allocator",
+        "per_process_limit",
+        "hip",
+        "xpu",
+        "mps",
+        "host_ram",
+        "nccl",
+        "cuda_driver",
+    )
+)
 
 
 @dataclass(frozen=True, slots=True)
 class OomFacts:
-    """What the text says. None where it does not."""
+    """What the text says; None, or "", where it does not. Figures are the printed ones, in whole bytes.
+
+    `kind` is one of the kinds of `gptfit.oom.kinds`; `wording` tells torch's version for the caching allocator's
+    message (torch<1.4, torch1.x, torch2.1, torch2.2 for 2.2 to 2.8, torch2.3 for its cut message, torch2.9 and
+    later), else which message it was. `explanation` says what it is instead, for `not_oom`. `reserved_bytes` is the
+    total that torch before 2.1 prints, `cached_bytes` what torch before 1.4 calls so (reserved less allocated),
+    `reserved_unallocated_bytes` the figure of torch 2.1 and later; `other_processes_bytes` the sum of its "Process N
+    has" sentences, 0 where its list names none. `config` has the run's keys as the text tells them, `config_places`
+    where: see `gptfit.oom.runkeys.PLACES`. `frames` are those of the traceback that the message ends.
+    """
 
     kind: str
     wording: str
-    explanation: str
-    tried_bytes: int | None
-    device_index: int | None
-    total_bytes: int | None
-    free_bytes: int | None
-    process_bytes: int | None
-    other_processes_bytes: int | None
-    allocated_bytes: int | None
-    reserved_bytes: int | None
-    reserved_unallocated_bytes: int | None
-    private_pools_bytes: int | None
-    allowed_bytes: int | None
-    phase: str
-    frames: tuple[Frame, ...]
-    config: Mapping[str, object]
-    program: str
-    notes: tuple[str, ...]
-
-
-_FLAGS = re.I
-PATTERNS = {
-    "tried_bytes": re.compile(rf"triedtoallocate{SIZE}", _FLAGS),
-    "total_bytes": re.compile(rf"(?:totalcapaci?tyof{SIZE}|;{SIZE}totalcapaci?ty)", _FLAGS),
-    "free_bytes": re.compile(rf"(?:ofwhich{SIZE}isfree|;{SIZE}free[;)])", _FLAGS),
-    "process_bytes": re.compile(rf"thisprocesshas{SIZE}memoryinuse", _FLAGS),
-    "allocated_bytes": re.compile(
-        rf"(?:{SIZE}isallocatedbypytorch|;{SIZE}alreadyallocated|mpsallocated:{SIZE})", _FLAGS
-    ),
-    "reserved_bytes": re.compile(rf"{SIZE}reservedintotalbypytorch", _FLAGS),
-    "reserved_unallocated_bytes": re.compile(rf"(?<![\d.]){SIZE}isreservedbypytorchbutunallocated", _FLAGS),
-    "private_pools_bytes": re.compile(rf"{SIZE}allocatedinprivatepools", _FLAGS),
-    "allowed_bytes": re.compile(rf"(?:{SIZE}allowed;|maxallowed:{SIZE})", _FLAGS),
-}
-_PROCESS = re.compile(rf"process\d{{1,10}}has{SIZE}memoryinuse", _FLAGS)
-_DEVICE = re.compile(r"(?:\(gpu|\.gpu|gpu)(\d{1,3})(?:;|hasatotal)", _FLAGS)
-_ANCHOR = re.compile(r"tried to allocate|out of memory|outofmemory", _FLAGS)
+    explanation: str = ""
+    tried_bytes: int | None = None
+    device_index: int | None = None
+    total_bytes: int | None = None
+    free_bytes: int | None = None
+    process_bytes: int | None = None
+    other_processes_bytes: int | None = None
+    allocated_bytes: int | None = None
+    reserved_bytes: int | None = None
+    reserved_unallocated_bytes: int | None = None
+    private_pools_bytes: int | None = None
+    allowed_bytes: int | None = None
+    cached_bytes: int | None = None
+    phase: str = "unknown"
+    frames: tuple[Frame, ...] = ()
+    config: Mapping[str, object] = field(default_factory=lambda: MappingProxyType({}))
+    config_places: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    n_params: int | None = None
+    tokens_per_step: int | None = None
+    program: str = "unknown"
+    shapes: tuple[ShapeHint, ...] = ()
+    torch_version: str = ""
+    gpu: str = ""
+    notes: tuple[str, ...] = ()
 
 
 def read_paste(text: str) -> OomFacts:
     """The facts of a pasted traceback or log. Raises GptfitError if there is nothing in it."""
-    if not text.strip():
+    lines = clean_lines(text) if text.strip() else []
+    if not lines:
         raise GptfitError("the paste is empty", "paste the traceback, from the first line to the last")
-    ranked = clean_lines(text)
-    lines = [line for _, line in ranked]
-    kind, wording, explanation = kind_of(lines)
-    message = squashed(_message_lines(ranked))
-    figures = {name: _figure(pattern, message) for name, pattern in PATTERNS.items()}
-    notes: list[str] = []
-    others: int | None = None
-    if "totalcapacityof" in message.lower() or "totalcapactyof" in message.lower():
-        sizes = [_bytes(number, unit) for number, unit in _PROCESS.findall(message)]
-        others = sum(size for size in sizes if size < UNKNOWN_BYTES)
-        if len(sizes) != len([size for size in sizes if size < UNKNOWN_BYTES]):
-            notes.append("the driver does not tell what other processes hold (Windows or WSL)")
-        if figures["process_bytes"] is None and len(sizes) == 1:
-            notes.append("the one process named may be this one, seen from inside a container")
-    for name, value in figures.items():
-        if value is not None and value >= UNKNOWN_BYTES:
-            figures[name] = None
-    device = _DEVICE.search(message)
-    frames = read_frames(lines)
-    if message.lower().count("triedtoallocate") > 1:
-        notes.append("the message stands there more than once; the first is read")
-    if kind == "mps":
-        figures["total_bytes"] = None
+    everything = stream_of(lines)
+    texts = [line.text for line in lines]
+    kind = kind_of(texts, everything)
+    message, stream, notes = _message(lines, everything, kind)
+    figures = dict(message.figures) if message is not None and kind.kind in WITH_FIGURES else {}
+    if kind.kind == "mps":
+        figures.pop("total_bytes", None)
+    kind = _limited(kind, figures)
+    logical = logical_lines(lines)
+    frames = tuple(_clean(frame) for frame in _traceback(lines, logical, stream, message, kind))
+    quoted = [frame.code for _, frame in read_frames(logical)] if logical else []
+    sources = [line for _, line in logical]
+    program = program_of(texts)
+    run = run_keys(sources, quoted, program)
+    shapes = shapes_in([*(frame.code for frame in frames), *sources[-2000:]])
+    wording = kind.wording or ("" if kind.kind == "not_oom" else _wording(message, everything))
+    config, places = _with_shapes(run.values, run.places, shapes)
     return OomFacts(
-        kind=kind,
-        wording=wording or _wording(message, figures),
-        explanation=explanation,
-        device_index=int(device.group(1)) if device else None,
-        other_processes_bytes=others,
-        phase="data" if kind == "shm" else phase_of(frames, lines),
-        frames=tuple(frames),
-        config=run_keys(lines),
-        program=program_of(lines),
+        kind=kind.kind,
+        wording=wording,
+        explanation=printable(kind.explanation),
+        device_index=message.device_index if message is not None and figures else None,
+        phase=_phase(kind, frames, texts),
+        frames=frames,
+        config=MappingProxyType(config),
+        config_places=MappingProxyType(places),
+        n_params=run.n_params,
+        tokens_per_step=run.tokens_per_step,
+        program=program,
+        shapes=shapes,
+        torch_version=torch_version(texts, wording),
+        gpu=printable(gpu_name(texts)),
         notes=tuple(notes),
         **figures,
     )
 
 
-def _message_lines(ranked: list[tuple[str, str]]) -> list[str]:
-    """The lines of the message: from the first that speaks of it to the end of its paragraph, of one rank."""
-    whole = [bool(_ANCHOR.search(line)) for _, line in ranked]
-    for index, (rank, line) in enumerate(ranked):
-        follows = ranked[index + 1][1][:40] if index + 1 < len(ranked) else ""
-        wrapped = not any(whole) and bool(_ANCHOR.search(line[-40:] + follows))
-        if whole[index] or wrapped:
-            found: list[str] = []
-            for other, text in ranked[index : index + 60]:
-                if found and (
-                    text.lstrip().startswith(("Traceback", 'File "')) or (not text.strip() and len(found) > 1)
-                ):
-                    break
-                if other == rank or not other:
-                    found.append(text)
-            return found
-    return []
+def _message(lines: Sequence[Line], everything: Stream, kind: Kind) -> tuple[Message | None, Stream, list[str]]:
+    """The message to read, the stream it stands in, and notes.
+
+    The first message with figures, or its fullest repetition. Ranks that print between each other's lines are parted;
+    where that leaves a message torn, as a prefix that was made up would, the text is read as it stands.
+    """
+    found = messages_in(everything.text)
+    best, stream = best_of(found), everything
+    ranks = sorted({line.rank for line in lines if line.rank})
+    if best is not None and len(ranks) > 1:
+        wanted = lines[everything.line_at(best.start)].rank
+        parted = stream_of(lines, wanted) if wanted else everything
+        own = best_of(messages_in(parted.text))
+        if own is not None and own.told >= best.told:
+            best, stream = own, parted
+    if best is None:
+        return None, everything, []
+    notes = list(best.notes)
+    with_figures = [message for message in found if message.figures]
+    same = list(repetitions(best, with_figures))
+    if len(with_figures) > len(same):
+        notes.append(f"{len(with_figures) - len(same)} other out-of-memory messages stand there; the first is read")
+    elif len(same) > 1:
+        notes.append("the message stands there more than once; the first is read")
+    if kind.kind == "cuda_caching_allocator" and best.text.endswith("gpu") and "tried_bytes" in best.figures:
+        notes.append("the message is cut after the word GPU, as torch 2.3 cut it: no other figure was printed")
+    return best, stream, notes
 
 
-def _figure(pattern: re.Pattern[str], message: str) -> int | None:
-    found = pattern.search(message)
-    if found is None:
-        return None
-    parts = [part for part in found.groups() if part is not None]
-    return _bytes(parts[0], parts[1])
+def _limited(kind: Kind, figures: Mapping[str, int]) -> Kind:
+    """A message of the caching allocator under a memory fraction, where it is the fraction that refused."""
+    allowed, tried = figures.get("allowed_bytes"), figures.get("tried_bytes")
+    if kind.kind != "cuda_caching_allocator" or allowed is None or tried is None:
+        return kind
+    held = figures.get(
+        "reserved_bytes", figures.get("allocated_bytes", 0) + figures.get("reserved_unallocated_bytes", 0)
+    )
+    room = tried <= figures.get("free_bytes", tried)
+    return Kind("per_process_limit", "memory fraction", "", kind.at) if room or held + tried > allowed else kind
 
 
-def _bytes(number: str, unit: str) -> int:
-    """The printed figure times its unit, to whole bytes. Decimal-looking units mean powers of 1024 here, too."""
-    return round(float(number) * _UNITS[unit.lower()])
-
-
-def _wording(message: str, figures: Mapping[str, int | None]) -> str:
-    low = message.lower()
-    if "capacty" in low:
+def _wording(message: Message | None, everything: Stream) -> str:
+    """Which torch printed the caching allocator's message."""
+    text = message.text if message is not None else everything.text
+    if "morethan1eb" in text:
+        return "more than 1EB"
+    if "capacty" in text:
         return "torch2.1"
-    if "pytorch_alloc_conf" in low:
+    if "pytorch_alloc_conf" in text or "optimizing-memory-usage-with-pytorch" in text:
         return "torch2.9"
-    if "totalcapacityof" in low:
+    if "totalcapacityof" in text or "butunallocated" in text:
         return "torch2.2"
-    if "cached)" in low:
+    if text.endswith((".gpu", "bgpu")) and "triedtoallocate" in text:
+        return "torch2.3"
+    figures = message.figures if message is not None else {}
+    if "cached_bytes" in figures:
         return "torch<1.4"
-    if figures.get("reserved_bytes") is not None or "totalcapacity" in low:
-        return "torch1.x"
-    return "unknown"
+    return "torch1.x" if "reserved_bytes" in figures or "totalcapacity" in text else "unknown"
+
+
+def _traceback(
+    lines: Sequence[Line], logical: Sequence[tuple[int, str]], stream: Stream, message: Message | None, kind: Kind
+) -> list[Frame]:
+    """The frames of the traceback that the message ends; of its first repetition that has one."""
+    headers = [number for number, line in enumerate(lines) if is_header(squashed(line.text))]
+    ends = []
+    if message is not None and kind.kind in WITH_FIGURES:
+        same = repetitions(message, messages_in(stream.text))
+        ends = sorted({stream.line_at(again.start) for again in same})
+    elif kind.at >= 0:
+        ends = [stream_of(lines).line_at(kind.at)]
+    for end in ends or [len(lines)]:
+        frames = _frames_before(lines, logical, headers, end)
+        if frames:
+            return frames
+    every = [frame for _, frame in read_frames(logical)]
+    return every
+
+
+def _frames_before(
+    lines: Sequence[Line], logical: Sequence[tuple[int, str]], headers: Sequence[int], end: int
+) -> list[Frame]:
+    """Frames between the last traceback header up to a line and that line; of that line's rank, if ranks mix there."""
+    end = min(end, len(lines) - 1)
+    before = [number for number in headers if number <= end]
+    rank = lines[end].rank
+    mixed = len({lines[number].rank for number in before} - {""}) > 1 and rank != ""
+    own = [number for number in before if lines[number].rank in ("", rank)] if mixed else before
+    begin = own[-1] if own else 0
+    chosen = [
+        (number, text)
+        for number, text in logical
+        if begin <= number <= end and (not mixed or lines[number].rank in ("", rank))
+    ]
+    return [frame for _, frame in read_frames(chosen)]
+
+
+def _phase(kind: Kind, frames: Sequence[Frame], texts: Sequence[str]) -> str:
+    if kind.kind == "shm":
+        return "data"
+    return phase_of(frames) if frames else phase_of_text(texts)
+
+
+def _clean(frame: Frame) -> Frame:
+    return Frame(printable(frame.file), frame.line, printable(frame.function), printable(frame.code))
+
+
+# Logits are the only tensor of a GPT whose last dimension is this large.
+LEAST_VOCABULARY = 16_000
+
+
+def _with_shapes(
+    values: Mapping[str, object], places: Mapping[str, str], shapes: Sequence[ShapeHint]
+) -> tuple[dict[str, object], dict[str, str]]:
+    """The keys, with those that a compiled graph's own buffer of logits [B, T, V] tells, where nothing else does."""
+    told: dict[str, object] = {}
+    for hint in shapes:
+        if hint.source == "empty_strided" and hint.shape[-1] >= LEAST_VOCABULARY:
+            if len(hint.shape) == 3:
+                told |= dict(zip(("batch_size", "block_size", "vocab_size"), hint.shape, strict=True))
+            elif len(hint.shape) == 2:
+                told["vocab_size"] = hint.shape[-1]
+            told["compile"] = True
+            if hint.dtype in ("bfloat16", "float16"):
+                told["dtype"] = hint.dtype
+    new = {key: value for key, value in told.items() if key not in values or places[key] == "code"}
+    return {**values, **new}, {**places, **dict.fromkeys(new, "shapes")}

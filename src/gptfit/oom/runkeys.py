@@ -1,88 +1,264 @@
-"""The run that a paste tells: keys that were typed, printed or echoed, and whose program it was."""
+"""The run that a paste tells: keys that were typed, printed, echoed or seen in shapes, each with where."""
 
 import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
-from gptfit.config import RunConfig
+# Of two places that tell a key the later one in this list is right: a command line overrides a config file.
+PLACES = (
+    "code",
+    "shapes",
+    "printed model",
+    "printed config",
+    "config file",
+    "log",
+    "command line",
+    "override",
+)
+MOST_LINES = 6000
 
-_KEYS = "|".join(sorted(RunConfig.model_fields, key=len, reverse=True))
-_QUOTED = r"'[\w.-]{1,40}'|\"[\w.-]{1,40}\""
-_VALUE = rf"(-?\d{{1,12}}(?:\.\d{{1,12}})?(?:e-?\d{{1,3}})?|True|False|true|false|{_QUOTED}|float32|float16|bfloat16)"
-# --batch_size=8, "Overriding: batch_size = 16", batch_size = 16, batch_size: 16, Namespace(batch_size=16, …)
-_ASSIGNED = re.compile(rf"(?<![\w.])(?:--|Overriding: )?({_KEYS})\s{{0,3}}[=:]\s{{0,3}}{_VALUE}")
-_OTHER_NAMES = {
+INTEGERS = frozenset(
+    ("n_layer", "n_head", "n_embd", "n_kv_head", "vocab_size", "block_size", "n_hidden", "batch_size", "n_gpus")
+) | frozenset(
+    ("gradient_accumulation_steps", "eval_batch_size", "eval_iters", "eval_interval", "max_iters", "warmup_iters")
+)
+NUMBERS = frozenset(("learning_rate", "weight_decay", "dropout", "grad_clip", "beta1", "beta2"))
+FLAGS = frozenset(("compile", "bias"))
+CHOICES = {
+    "dtype": ("float32", "bfloat16", "float16"),
+    "optimizer": ("adamw", "adamw8bit", "adafactor", "lion", "muon", "sgd"),
+    "attention": ("flash", "math"),
+    "activation_checkpointing": ("none", "block"),
+    "loss": ("full", "chunked"),
+    "optimizer_impl": ("fused", "foreach", "for-loop"),
+}
+# Names that other programs give these keys: transformers, litgpt, nanochat, torchtune.
+OTHER_NAMES = {
     "per_device_train_batch_size": "batch_size",
+    "per_gpu_train_batch_size": "batch_size",
+    "train_micro_batch_size_per_gpu": "batch_size",
     "device_batch_size": "batch_size",
     "micro_batch_size": "batch_size",
-    "max_seq_len": "block_size",
-    "sequence_len": "block_size",
+    "per_device_eval_batch_size": "eval_batch_size",
+    "gradient_accumulation_iters": "gradient_accumulation_steps",
+    "grad_accum_steps": "gradient_accumulation_steps",
     "max_seq_length": "block_size",
-    "depth": "n_layer",
+    "max_seq_len": "block_size",
+    "sequence_length": "block_size",
+    "sequence_len": "block_size",
+    "seq_len": "block_size",
+    "seq_length": "block_size",
+    "context_length": "block_size",
+    "n_positions": "block_size",
+    "n_ctx": "block_size",
+    "max_position_embeddings": "block_size",
+    "hidden_size": "n_embd",
+    "d_model": "n_embd",
+    "num_hidden_layers": "n_layer",
+    "num_layers": "n_layer",
+    "num_attention_heads": "n_head",
+    "num_heads": "n_head",
+    "num_key_value_heads": "n_kv_head",
+    "intermediate_size": "n_hidden",
+    "padded_vocab_size": "vocab_size",
+    "torch_compile": "compile",
+    "nproc_per_node": "n_gpus",
+    "nproc-per-node": "n_gpus",
+    "num_processes": "n_gpus",
+    "max_steps": "max_iters",
 }
-_OTHERS = re.compile(rf"(?<![\w.])(?:--)?({'|'.join(_OTHER_NAMES)})\s{{0,3}}[=:\s]\s{{0,3}}(\d{{1,9}})\b")
-_LOGITS = re.compile(
-    r"empty_strided(?:_cuda)?\(\s*\((\d{1,6}), (\d{1,7}), (\d{4,7})\)\s*,\s*\([\d, ]{1,60}\)\s*,\s*torch\.(\w{3,10})"
+# Words that also stand in code and prose: believed where a config is printed or typed, not elsewhere.
+COMMON_WORDS = frozenset(
+    ("dropout", "bias", "compile", "loss", "attention", "optimizer", "dtype", "num_heads", "num_layers")
 )
 
-PROGRAMS: tuple[tuple[str, str], ...] = (
-    ("gptfit", r"gptfit[/\\]|\bgptfit train"),
-    ("nanochat", r"nanochat|base_train\.py|chat_sft"),
-    ("trl", r"\btrl[/\\]|SFTTrainer|DPOTrainer"),
-    ("torchtune", r"torchtune|\btune run"),
-    ("litgpt", r"litgpt|lit_gpt|lightning[/\\]fabric"),
-    ("huggingface", r"transformers[/\\]|TrainingArguments|per_device_train_batch_size|Trainer\.train"),
-    (
-        "nanogpt",
-        r"nanoGPT|estimate_loss|configurator\.py|logits, loss = model\(X, Y\)|scaler\.scale\(loss\)|get_batch\(",
-    ),
+_NAMES = "|".join(
+    sorted(
+        (*INTEGERS, *NUMBERS, *FLAGS, *CHOICES, *OTHER_NAMES, "bf16", "fp16", "gradient_checkpointing", "optim"),
+        key=len,
+        reverse=True,
+    )
 )
-_PROGRAMS = tuple((name, re.compile(pattern)) for name, pattern in PROGRAMS)
+_VALUE = (
+    r"(?P<value>-?\d{1,12}(?:_\d{3}){0,4}(?:\.\d{0,12})?(?:[eE]-?\d{1,3})?(?:\s?\*\s?\d{1,9}){0,3}"
+    r"|True|False|true|false|None|['\"]?[A-Za-z][\w.-]{1,40}['\"]?)"
+)
+_PAIR = re.compile(
+    rf"(?<![\w.])(?P<dash>--(?:[a-z]{{1,12}}\.)?)?[\"']?(?P<key>{_NAMES})[\"']?\s{{0,6}}[=:]\s{{0,6}}{_VALUE}(?![\w(\[.])"
+)
+_OPTION = re.compile(rf"(?<!\S)--(?:[a-z]{{1,12}}\.)?(?P<key>{_NAMES})(?:\s{{1,4}}(?!-){_VALUE})?(?=\s|\\|$)")
+# DeepSpeed's list: `batch_size ......... 4.........updated`
+_DOTTED = re.compile(rf"\s{{0,8}}(?P<key>{_NAMES}) \.{{3,80}} {_VALUE}(?:\.{{2,80}}|\s|$)")
+_OVERRIDE = re.compile(r"Overriding:|overriding:|Overriding ")
+_COMMAND = re.compile(
+    r"(?:^|[\s$#>!])(?:python[\d.]{0,4}|torchrun|accelerate|deepspeed|tune|litgpt|gptfit|srun|\S{0,60}\.py)\s.{0,2000}"
+)
+_PRINTED = re.compile(
+    r"Namespace\(|Arguments\(|Config\(|Args\(|\bconfig:|\bargs:|[{}]\s*$|^\s*[\"']?\w{1,40}[\"']?\s?[:=]\s?\S{1,60},?\s*(?:#.*)?$"
+)
+_FROM_FILE = re.compile(r"Overriding config with")
+
+# What trainers say in words. nanoGPT: train.py and model.py; transformers: Trainer's banner.
+SAYINGS: tuple[tuple[str, str, re.Pattern[str]], ...] = (
+    ("batch_size", "log", re.compile(r"Instantaneous batch size per (?:device|GPU)\s?=\s?([\d,]{1,9})")),
+    ("gradient_accumulation_steps", "log", re.compile(r"Gradient Accumulation steps\s?=\s?([\d,]{1,9})")),
+    ("vocab_size", "log", re.compile(r"found vocab_size = (\d{1,7})")),
+    ("vocab_size", "log", re.compile(r"defaulting to vocab_size of GPT-2 to (\d{1,7})")),
+    ("n_gpus", "log", re.compile(r"(?:world[_ ]size|World size|WORLD_SIZE)\s?[:=]\s?(\d{1,4})\b")),
+    ("n_layer", "printed model", re.compile(r"\(0-\d{1,3}\): (\d{1,3}) x \w{0,24}(?:Block|Layer)\(")),
+    ("vocab_size", "printed model", re.compile(r"\((?:wte|embed_tokens|tok_emb\w{0,10})\): Embedding\((\d{3,7}), ")),
+    ("n_embd", "printed model", re.compile(r"\((?:wte|embed_tokens|tok_emb\w{0,10})\): Embedding\(\d{3,7}, (\d{1,6})")),
+    ("block_size", "printed model", re.compile(r"\((?:wpe|pos_emb\w{0,10})\): Embedding\((\d{1,7}), ")),
+)
+_N_PARAMS = re.compile(
+    r"number of parameters: ([\d.]{1,12})\s?([MB])|(?:with|params:?|parameters:?) ([\d,]{7,18}) ?(?:parameters)?"
+)
+_TOKENS = re.compile(r"tokens per iteration will be: ([\d,]{1,15})|Total train batch size[^=]{0,80}= ([\d,]{1,9})")
+_PRETRAINED = re.compile(
+    r"(?:Initializing from OpenAI GPT-2 weights|loading weights from pretrained gpt): (gpt2(?:-medium|-large|-xl)?)\b"
+)
+# model.py, from_pretrained
+GPT2 = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280), "gpt2-xl": (48, 25, 1600)}
 
 
-def run_keys(lines: list[str]) -> dict[str, object]:
-    """Keys of the failed run that the text tells; the last value of a key wins, as it does in nanoGPT."""
-    found: dict[str, object] = {}
-    for line in lines[:4000]:
-        short = line[:2000]
-        if "=" in short or ":" in short:
-            for key, value in _ASSIGNED.findall(short):
-                if (parsed := _parsed(key, value)) is not None:
-                    found[key] = parsed
-        for name, value in _OTHERS.findall(short) if "_" in short or "depth" in short else ():
-            found.setdefault(_OTHER_NAMES[name], int(value))
-        shape = _LOGITS.search(short) if "empty_strided" in short else None
-        if shape is not None and int(shape.group(3)) >= 4096:
-            found |= {
-                "batch_size": int(shape.group(1)),
-                "block_size": int(shape.group(2)),
-                "vocab_size": int(shape.group(3)),
-            }
-            found.setdefault("compile", True)
-            if shape.group(4) in ("bfloat16", "float16"):
-                found.setdefault("dtype", shape.group(4))
-    return found
+@dataclass(frozen=True, slots=True)
+class RunKeys:
+    """Keys of the run, the place that tells each, and what was printed of its size."""
+
+    values: dict[str, object]
+    places: dict[str, str]
+    n_params: int | None
+    tokens_per_step: int | None
 
 
-def _parsed(key: str, text: str) -> object | None:
-    """The value in the type that the key takes; None where it has another."""
+def run_keys(lines: Sequence[str], code: Sequence[str], program: str = "unknown") -> RunKeys:
+    """What the lines tell of the run. `code` are lines that tracebacks quote: they are not settings."""
+    quoted = set(code)
+    values: dict[str, object] = {}
+    places: dict[str, str] = {}
+    n_params: int | None = None
+    tokens: int | None = None
+    echoed = 0
+    for line in lines[:MOST_LINES]:
+        short = line[:3000]
+        echoed = 40 if _FROM_FILE.search(short) else max(0, echoed - 1)
+        told = list(_told(short, short.strip()[:400] in quoted, echoed > 0))
+        if program == "nanochat" and "depth" in short:
+            told += _nanochat(short)
+        for key, value, place in told:
+            if key not in places or PLACES.index(place) >= PLACES.index(places[key]):
+                values[key], places[key] = value, place
+        if n_params is None and "param" in short and (size := _N_PARAMS.search(short)):
+            n_params = _count(size)
+        if tokens is None and ("tokens per" in short) and (found := _TOKENS.search(short)):
+            tokens = int((found.group(1) or "0").replace(",", "")) or None
+    return RunKeys(values, places, n_params, tokens)
+
+
+def _nanochat(line: str) -> list[tuple[str, object, str]]:
+    """nanochat's base_train.py makes all of a model's shape from its depth: 64 columns a layer, heads of 128."""
+    found = re.search(r"--depth[= ](\d{1,3})\b", line)
+    if found is None:
+        return []
+    depth = int(found.group(1))
+    sizes = (("n_layer", depth), ("n_embd", 64 * depth), ("n_head", max(1, (64 * depth + 127) // 128)))
+    return [(key, size, "command line") for key, size in sizes if size]
+
+
+def _count(found: re.Match[str]) -> int:
+    if found.group(1):
+        return round(float(found.group(1).strip(".") or 0) * (1e9 if found.group(2) == "B" else 1e6))
+    return int(found.group(3).replace(",", ""))
+
+
+def _told(line: str, is_code: bool, echoed: bool) -> Iterator[tuple[str, object, str]]:
+    """(key, value, place) of what one line tells."""
+    if ":" in line or "=" in line:
+        yield from _sayings(line)
+    if " ..." in line and (dotted := _DOTTED.match(line)):
+        yield from _setting(dotted.group("key"), dotted.group("value").rstrip("."), "printed config")
+    if "=" not in line and ":" not in line and "--" not in line:
+        return
+    place = _place(line, is_code, echoed)
+    for found in _PAIR.finditer(line):
+        where = "command line" if found.group("dash") and place != "override" else place
+        if not (where == "code" and found.group("key") in COMMON_WORDS):
+            yield from _setting(found.group("key"), found.group("value"), where)
+    if "--" in line and not is_code:
+        for found in _OPTION.finditer(line):
+            yield from _setting(found.group("key"), found.group("value") or "True", "command line")
+
+
+def _place(line: str, is_code: bool, echoed: bool) -> str:
+    if is_code:
+        return "code"
+    if _OVERRIDE.match(line.lstrip()):
+        return "override"
+    if _COMMAND.search(line):
+        return "command line"
+    if echoed:
+        return "config file"
+    return "printed config" if _PRINTED.search(line) else "code"
+
+
+def _sayings(line: str) -> Iterator[tuple[str, object, str]]:
+    for key, place, pattern in SAYINGS:
+        found = pattern.search(line)
+        if found is not None:
+            yield key, int(found.group(1).replace(",", "") or 0), place
+    if "compiling the model" in line:
+        yield "compile", True, "log"
+    if "using fused AdamW: " in line:
+        yield "optimizer_impl", "fused" if "AdamW: True" in line else "foreach", "log"
+    found = _PRETRAINED.search(line) if "gpt" in line else None
+    if found is not None:
+        sizes = zip(("n_layer", "n_head", "n_embd"), GPT2[found.group(1)], strict=True)
+        yield from ((key, size, "log") for key, size in (*sizes, ("vocab_size", 50257), ("block_size", 1024)))
+        yield "bias", True, "log"
+
+
+def _setting(name: str, text: str, place: str) -> Iterator[tuple[str, object, str]]:
+    """The key in gptfit's name and type; nothing where the value is of another."""
     text = text.strip("'\"")
-    kind = RunConfig.model_fields[key].annotation
-    if kind is bool:
-        return {"true": True, "false": False}.get(text.lower())
+    truth = {"true": True, "false": False}.get(text.lower())
+    if name in ("bf16", "fp16"):
+        if truth:
+            yield "dtype", {"bf16": "bfloat16", "fp16": "float16"}[name], place
+    elif name == "gradient_checkpointing":
+        if truth is not None:
+            yield "activation_checkpointing", "block" if truth else "none", place
+    elif name == "optim":
+        yield from ((key, value, place) for key, value in _optimizer(text).items())
+    else:
+        key = OTHER_NAMES.get(name, name)
+        value = _typed(key, text, truth)
+        if value is not None:
+            yield key, value, place
+
+
+def _optimizer(text: str) -> dict[str, str]:
+    """transformers' names: adamw_torch_fused, adamw_bnb_8bit, paged_adamw_8bit, adafactor, lion_32bit …"""
+    low = text.lower()
+    if "8bit" in low and "adamw" in low:
+        return {"optimizer": "adamw8bit"}
+    base = next((name for name in ("adamw", "adafactor", "lion", "muon", "sgd") if name in low), None)
+    if base is None:
+        return {}
+    return {"optimizer": base} | ({"optimizer_impl": "fused"} if "fused" in low else {})
+
+
+def _typed(key: str, text: str, truth: bool | None) -> object | None:
+    if key in FLAGS:
+        return truth
+    if key in CHOICES:
+        low = text.removeprefix("torch.")
+        return low if low in CHOICES[key] else None
     try:
-        if kind is int:
-            return int(text)
-        if kind is float:
-            return float(text)
+        if key in INTEGERS:
+            value = 1
+            for factor in text.replace("_", "").split("*"):
+                value *= int(factor)
+            return value if 0 < value <= 10**9 else None
+        return float(text) if key in NUMBERS and truth is None else None
     except ValueError:
         return None
-    choices = getattr(kind, "__args__", ())
-    return text if text in choices else None
-
-
-def program_of(lines: list[str]) -> str:
-    """Whose training code it was: gptfit, nanogpt, huggingface, nanochat, litgpt, trl, torchtune, or unknown."""
-    text = "\n".join(line[:400] for line in lines[:2000])
-    for name, pattern in _PROGRAMS:
-        if pattern.search(text):
-            return name
-    return "unknown"
