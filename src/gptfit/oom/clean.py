@@ -69,6 +69,9 @@ _TAG = re.compile(
     re.I,
 )
 _ENTITY = re.compile(r"&(?:lt|gt|quot|amp|apos|nbsp|#\d{2,5}|#x[0-9a-f]{2,4});", re.I)
+# Quoted-printable, as mail is stored: `=` ends a wrapped line, =3D stands for itself.
+_MAIL = re.compile(r"=([0-9A-F]{2})")
+_NO_MAIL = re.compile(r"=(?![0-9A-F]{2}|\s*$)")
 _FULLWIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
 _PLAIN = {**_FULLWIDTH, **dict.fromkeys(map(ord, "“”„‟″«»"), '"'), **dict.fromkeys(map(ord, "‘’‚‛′"), "'")}
 _PLAIN |= {**dict.fromkeys(map(ord, "\u00a0\u2007\u202f\u3000"), " "), ord("。"): ".", ord("、"): ",", ord("∶"): ":"}
@@ -136,7 +139,22 @@ def clean_lines(text: str) -> list[Line]:
         stripped = _BAR.sub("", stripped, count=4) if "%|" in line or "/s" in line or "━" in line else stripped
         if stripped.strip():
             lines.append(Line(stripped, rank, full=0 < width <= len(line.rstrip()) and not line.endswith(_FRAMED)))
-    return lines
+    return _decoded_mail(lines) if any(line.text.endswith("=") for line in lines) else lines
+
+
+def _decoded_mail(lines: list[Line]) -> list[Line]:
+    """Quoted-printable decoded, if each `=` in the text is of that kind."""
+    if any(_NO_MAIL.search(line.text) for line in lines):
+        return lines
+    return [
+        Line(_MAIL.sub(_mail_character, line.text.removesuffix("=")), line.rank, line.full or line.text.endswith("="))
+        for line in lines
+    ]
+
+
+def _mail_character(found: re.Match[str]) -> str:
+    code = int(found.group(1), 16)
+    return chr(code) if 32 <= code < 127 else ""
 
 
 def _without_markup(text: str) -> str:

@@ -5,7 +5,7 @@ CUDAMallocAsyncAllocator.cpp and MPSAllocator.mm. A figure that is cut, or could
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -16,10 +16,7 @@ LONGEST = 4000
 
 _NUMBER = r"(?P<number>\d{1,3}(?:,\d{3}){1,4}(?:\.\d{1,4})?(?![\d.])|\d{1,20}(?:[.,]\d{1,4})?)"
 # A bare letter is a unit only where the next word shows that it is whole.
-_UNIT = (
-    r"(?P<unit>bytes?|[kmgt]i?b(?:ytes?)?|[kmgt]i?(?=[;,.)(]|is|total|already|reserved|allocated|cached|free|mem|in|of)"
-    r"|b(?=[;,.)(]))"
-)
+_UNIT = r"(?P<unit>bytes?|[kmgt]i?b(?:ytes?)?|[kmgt]i?(?=[;,.)(]|is|total|al|reserved|cached|free|mem|in|of|gpu))"
 _SIZE = _NUMBER + _UNIT
 # Not the end of a longer number; a full stop before it ends a sentence.
 _WHOLE = r"(?:(?<=gpu\d )|(?<=gpu\d\d )|(?<=inuse\.)|(?<=isfree\.)|(?<![\d.])(?<!\d ))" + _SIZE
@@ -46,7 +43,9 @@ ANY = {
 # torch 2.1 and later, in sentences; also what the asynchronous allocator and MPS print behind a colon.
 SENTENCES = {
     "total_bytes": _compiled(rf"totalcapa\w{{1,7}}?(?:of|:|is){_SIZE}", rf"devicelimit:{_SIZE}"),
-    "free_bytes": _compiled(rf"ofwhich{_SIZE}", rf"{_WHOLE}{_IS}free(?!d)", rf"free\(accordingto\w{{1,8}}\):{_SIZE}"),
+    "free_bytes": _compiled(
+        rf"ofwhich{_SIZE}", rf"{_WHOLE}{_IS}free(?![d(])", rf"free\(accordingto\w{{1,8}}\):{_SIZE}"
+    ),
     "process_bytes": _compiled(rf"thisprocesshas{_SIZE}"),
     "allocated_bytes": _compiled(
         rf"oftheallocatedmemory{_SIZE}",
@@ -58,9 +57,13 @@ SENTENCES = {
 }
 # Up to torch 2.0, in brackets; also what people type from memory.
 BRACKETS = {
-    "total_bytes": _compiled(rf"{_WHOLE}(?:of)?(?:total|max)?capa\w{{1,7}}", rf"totalcapa\w{{1,7}}?(?:of|:|is){_SIZE}"),
+    "total_bytes": _compiled(
+        rf"{_WHOLE}(?:of)?(?:total|max)?capa\w{{1,7}}",
+        rf"totalcapa\w{{1,7}}?(?:of|:|is){_SIZE}",
+        rf"{_WHOLE}total(?=[;,)])",
+    ),
     "free_bytes": _compiled(rf"{_WHOLE}{_IS}free(?!d)"),
-    "allocated_bytes": _compiled(rf"{_WHOLE}(?:is|are)?(?:already)?allocated(?!in)"),
+    "allocated_bytes": _compiled(rf"{_WHOLE}(?:is|are)?(?:al{{1,2}}ready)?allocated(?!in)"),
     "reserved_bytes": _compiled(rf"{_WHOLE}{_IS}reserved(?!\w{{0,20}}but)"),
     "reserved_unallocated_bytes": _compiled(rf"{_WHOLE}{_IS}reserved(?:by\w{{1,10}})?but(?:un|not)"),
     # Before torch 1.4: reserved less allocated (in 1.4 and later the word is "reserved", and it is the total).
@@ -78,7 +81,7 @@ _DEVICE = re.compile(r"(?:\b|[a-z])(?:gpu|npu|mlu|xpu):?(\d{1,2})(?=[;,:)]| \d)"
 _START = re.compile(
     r"(?P<error>outofmemoryerror)"
     r"|(?P<memory>(?:cuda|hip|xpu|npu|mlu|musa|mpsbackend)(?:driver)?(?:error:?)?outofmemory|allocationondevice\d{0,3}would)"
-    r"|(?P<tried>tr(?:ied|ying)(?:to)?allocat|(?:尝试|试图|嘗試)分配|unabletoallocate\d|failedtocuda\w{0,4}calloc|invalidbuffersize)"
+    r"|(?P<tried>tr(?:ied|ies|ying)(?:to)?alloc|(?:尝试|试图|嘗試)分配|unabletoallocate\d|failedtocuda\w{0,4}calloc|invalidbuffersize)"
 )
 _END = re.compile(r"traceback\(most|thestacktracebelow")
 _ORDER = {"error": 0, "memory": 1, "tried": 2}
@@ -133,7 +136,7 @@ def read_figures(part: str, cut_before: bool) -> tuple[dict[str, int], tuple[str
     for name, patterns in {**ANY, **(SENTENCES if sentences else BRACKETS)}.items():
         for pattern in patterns:
             found = pattern.search(part)
-            if found is not None and not (cut_before and found.start("number") == 0):
+            if found is not None and not (cut_before and not part[: found.start("number")].strip(".,")):
                 spans[name] = found.span("number")
                 figures[name] = in_bytes(found.group("number"), found.group("unit"))
                 break
@@ -186,7 +189,7 @@ def best_of(messages: list[Message]) -> Message | None:
     return max(repetitions(first, messages), key=lambda message: message.told)
 
 
-def repetitions(first: Message, messages: list[Message]) -> Iterator[Message]:
+def repetitions(first: Message, messages: Sequence[Message]) -> Iterator[Message]:
     """`first`, and those that print the same: no figure differs from its figures."""
     for message in messages:
         common = first.figures.keys() & message.figures.keys()

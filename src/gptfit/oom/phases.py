@@ -46,7 +46,7 @@ _OPTIMIZER_FUNCTION = re.compile(
     r"|zeropower_via_newtonschulz5|newton_schulz\w{0,10}|unscale_|_unscale_grads_|_take_model_step|step_update"
 )
 _OPTIMIZER_CODE = re.compile(
-    r"\b(?:\w{0,30}optim\w{0,20}|opt|scaler|self\.opt)\.step\(|\bclip_grad_(?:norm|value)_?\(|_foreach_\w{2,20}\(|_multi_tensor_|_single_tensor_"
+    r"\b(?:\w{0,30}optim\w{0,20}|opt|scaler|self\.opt)(?:\[[^\]]{1,30}\])?\.step\(|\bclip_grad_(?:norm|value)_?\(|_foreach_\w{2,20}\(|_multi_tensor_|_single_tensor_"
     r"|\bexp_avg(?:_sq)?\b|\.unscale_\(|state\[[\"']?\w{1,24}[\"']?\]\s*=|\boptimizer\.zero_grad\(|denom\s*="
 )
 _CLOSURE = re.compile(r"\bclosure\(\)|optimizer_closure\(")

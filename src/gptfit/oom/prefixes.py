@@ -32,6 +32,7 @@ _PREFIX = re.compile(
             rf"{_LEVELS}:[\w.]{{1,80}}:(?=\S|\s|$)",
             rf"(?:std(?:err|out) [FP]|[-|:]?\s?{_LEVELS}(?=[\s:|\]-]))\s?[:|\]-]?\s?(?:[-|]\s)?",
             r"[\w.<>]{1,80}:[\w.<>]{1,80}:\d{1,6}\s[-|]\s",
+            r"[\w.-]{1,64} [\w./-]{1,64}\[\d{1,9}\]:\s",
             r"E\s{3,}(?=\S)",
         )
     )
@@ -46,6 +47,7 @@ _COMMON = {
     "label": re.compile(r"[\w.@/-]{1,60}\s{0,30}\|\s?"),
     "name": re.compile(r"[\w.@-]{1,40}:\s"),
     "comment": re.compile(r"\s{0,12}(?:#{1,6}|/{2,4}|--|;{1,3}|%{1,3}|\*{1,2})(?:\s|$)"),
+    "diff": re.compile(r"[+-](?![+-])\s?"),
     "cell": re.compile(r"\s{0,12}\|\s?"),
 }
 _NO_NAME = re.compile(r"(?:[\w.]{0,80}(?:Error|Exception|Warning)|Traceback|File|Process|NCCL|CUDA|torch|return)\b")

@@ -36,6 +36,10 @@ WITH_FIGURES = frozenset(
 )
 
 
+# Of more ranks the first ones are read apart.
+MOST_RANKS = 32
+
+
 @dataclass(frozen=True, slots=True)
 class OomFacts:
     """What the text says; None, or "", where it does not. Figures are the printed ones, in whole bytes.
@@ -122,30 +126,39 @@ def read_paste(text: str) -> OomFacts:
 def _message(lines: Sequence[Line], everything: Stream, kind: Kind) -> tuple[Message | None, Stream, list[str]]:
     """The message to read, the stream it stands in, and notes.
 
-    The first message with figures, or its fullest repetition. Ranks that print between each other's lines are parted;
-    where that leaves a message torn, as a prefix that was made up would, the text is read as it stands.
+    The first message with figures, or its fullest repetition. Ranks that print between each other's lines are parted.
+    Where only one rank has a message, and parting tears it, the ranks are no ranks: the text is read as it stands.
     """
     found = messages_in(everything.text)
     best, stream = best_of(found), everything
-    ranks = sorted({line.rank for line in lines if line.rank})
-    if best is not None and len(ranks) > 1:
-        wanted = lines[everything.line_at(best.start)].rank
-        parted = stream_of(lines, wanted) if wanted else everything
-        own = best_of(messages_in(parted.text))
-        if own is not None and own.told >= best.told:
-            best, stream = own, parted
     if best is None:
         return None, everything, []
+    ranks = sorted({line.rank for line in lines} - {""})[:MOST_RANKS]
+    by_rank = {rank: stream_of(lines, rank) for rank in ranks} if len(ranks) > 1 else {}
+    parted = by_rank.get(lines[everything.line_at(best.start)].rank)
+    others = [message for one in by_rank.values() for message in messages_in(one.text)] or found
+    if parted is not None:
+        own = best_of(messages_in(parted.text))
+        starts = {lines[everything.line_at(message.start)].rank for message in found if message.figures} - {""}
+        if own is not None and (len(starts) > 1 or own.told >= best.told):
+            best, stream = own, parted
+    return best, stream, _notes(best, others, kind)
+
+
+def _notes(best: Message, messages: Sequence[Message], kind: Kind) -> list[str]:
+    """What is to be said of the message that is read, and of those that are not."""
     notes = list(best.notes)
-    with_figures = [message for message in found if message.figures]
-    same = list(repetitions(best, with_figures))
-    if len(with_figures) > len(same):
-        notes.append(f"{len(with_figures) - len(same)} other out-of-memory messages stand there; the first is read")
+    told = [message for message in messages if message.figures]
+    same = list(repetitions(best, told))
+    other = {tuple(message.figures.items()) for message in told if message not in same}
+    if other:
+        noun = "message stands" if len(other) == 1 else "messages stand"
+        notes.append(f"{len(other)} other out-of-memory {noun} there; the first is read")
     elif len(same) > 1:
         notes.append("the message stands there more than once; the first is read")
     if kind.kind == "cuda_caching_allocator" and best.text.endswith("gpu") and "tried_bytes" in best.figures:
         notes.append("the message is cut after the word GPU, as torch 2.3 cut it: no other figure was printed")
-    return best, stream, notes
+    return notes
 
 
 def _limited(kind: Kind, figures: Mapping[str, int]) -> Kind:
@@ -204,16 +217,16 @@ def _frames_before(
     """Frames between the last traceback header up to a line and that line; of that line's rank, if ranks mix there."""
     end = min(end, len(lines) - 1)
     before = [number for number in headers if number <= end]
-    rank = lines[end].rank
-    mixed = len({lines[number].rank for number in before} - {""}) > 1 and rank != ""
-    own = [number for number in before if lines[number].rank in ("", rank)] if mixed else before
-    begin = own[-1] if own else 0
-    chosen = [
-        (number, text)
-        for number, text in logical
-        if begin <= number <= end and (not mixed or lines[number].rank in ("", rank))
-    ]
-    return [frame for _, frame in read_frames(chosen)]
+    begin, rank = before[-1] if before else 0, lines[end].rank
+    own = [number for number in before if lines[number].rank == rank]
+    if rank and own and len({lines[number].rank for number in before} - {""}) > 1:
+        chosen = [
+            (number, text) for number, text in logical if own[-1] <= number <= end and lines[number].rank in ("", rank)
+        ]
+        frames = [frame for _, frame in read_frames(chosen)]
+        if sum(not frame.code for frame in frames) < 2 and frames:  # ranks that are none tear frames from their code
+            return frames
+    return [frame for _, frame in read_frames([(number, text) for number, text in logical if begin <= number <= end])]
 
 
 def _phase(kind: Kind, frames: Sequence[Frame], texts: Sequence[str]) -> str:

@@ -173,7 +173,7 @@ def _count(found: re.Match[str]) -> int:
 
 def _told(line: str, is_code: bool, echoed: bool) -> Iterator[tuple[str, object, str]]:
     """(key, value, place) of what one line tells."""
-    if ":" in line or "=" in line:
+    if ":" in line or "=" in line or "compiling" in line:
         yield from _sayings(line)
     if " ..." in line and (dotted := _DOTTED.match(line)):
         yield from _setting(dotted.group("key"), dotted.group("value").rstrip("."), "printed config")

@@ -55,6 +55,8 @@ def logical_lines(lines: Sequence[Line]) -> list[tuple[int, str]]:
     open_at: dict[str, int] = {}
     for number, line in enumerate(lines):
         at = open_at.pop(line.rank, -1)
+        if at < 0 and not line.rank and number and lines[number - 1].full:  # only the first piece has the prefix
+            at = open_at.pop(lines[number - 1].rank, -1)
         if at >= 0 and len(found[at][1]) < 20_000:
             found[at] = (found[at][0], found[at][1] + line.text)
         else:
