@@ -37,7 +37,7 @@ WITH_FIGURES = frozenset(
 
 
 # Of more ranks the first ones are read apart.
-MOST_RANKS = 32
+MOST_RANKS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,27 +81,38 @@ class OomFacts:
     notes: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class _Paste:
+    """One text in the forms that the steps read: its lines, the same squashed, unwrapped, and as one stream."""
+
+    lines: Sequence[Line]
+    squashed: Sequence[str]
+    logical: Sequence[tuple[int, str]]
+    stream: Stream
+
+
 def read_paste(text: str) -> OomFacts:
     """The facts of a pasted traceback or log. Raises GptfitError if there is nothing in it."""
     lines = clean_lines(text) if text.strip() else []
     if not lines:
         raise GptfitError("the paste is empty", "paste the traceback, from the first line to the last")
-    everything = stream_of(lines)
+    parts = [squashed(line.text) for line in lines]
+    paste = _Paste(lines, parts, logical_lines(lines), stream_of(lines, parts))
     texts = [line.text for line in lines]
-    kind = kind_of(texts, everything)
-    message, stream, notes = _message(lines, everything, kind)
+    kind = kind_of(texts, paste.stream)
+    message, stream, notes = _message(paste, kind)
     figures = dict(message.figures) if message is not None and kind.kind in WITH_FIGURES else {}
     if kind.kind == "mps":
         figures.pop("total_bytes", None)
     kind = _limited(kind, figures)
-    logical = logical_lines(lines)
-    frames = tuple(_clean(frame) for frame in _traceback(lines, logical, stream, message, kind))
-    quoted = [frame.code for _, frame in read_frames(logical)] if logical else []
-    sources = [line for _, line in logical]
+    every = read_frames(paste.logical)
+    frames = tuple(_clean(frame) for frame in _traceback(paste, stream, message, kind) or [frame for _, frame in every])
+    quoted = [frame.code for _, frame in every]
+    sources = [line for _, line in paste.logical]
     program = program_of(texts)
     run = run_keys(sources, quoted, program)
     shapes = shapes_in([*(frame.code for frame in frames), *sources[-2000:]])
-    wording = kind.wording or ("" if kind.kind == "not_oom" else _wording(message, everything))
+    wording = kind.wording or ("" if kind.kind == "not_oom" else _wording(message, paste.stream))
     config, places = _with_shapes(run.values, run.places, shapes)
     return OomFacts(
         kind=kind.kind,
@@ -123,18 +134,19 @@ def read_paste(text: str) -> OomFacts:
     )
 
 
-def _message(lines: Sequence[Line], everything: Stream, kind: Kind) -> tuple[Message | None, Stream, list[str]]:
+def _message(paste: _Paste, kind: Kind) -> tuple[Message | None, Stream, list[str]]:
     """The message to read, the stream it stands in, and notes.
 
     The first message with figures, or its fullest repetition. Ranks that print between each other's lines are parted.
     Where only one rank has a message, and parting tears it, the ranks are no ranks: the text is read as it stands.
     """
+    lines, everything = paste.lines, paste.stream
     found = messages_in(everything.text)
     best, stream = best_of(found), everything
     if best is None:
         return None, everything, []
     ranks = sorted({line.rank for line in lines} - {""})[:MOST_RANKS]
-    by_rank = {rank: stream_of(lines, rank) for rank in ranks} if len(ranks) > 1 else {}
+    by_rank = {rank: stream_of(lines, paste.squashed, rank) for rank in ranks} if len(ranks) > 1 else {}
     parted = by_rank.get(lines[everything.line_at(best.start)].rank)
     others = [message for one in by_rank.values() for message in messages_in(one.text)] or found
     if parted is not None:
@@ -192,41 +204,30 @@ def _wording(message: Message | None, everything: Stream) -> str:
     return "torch1.x" if "reserved_bytes" in figures or "totalcapacity" in text else "unknown"
 
 
-def _traceback(
-    lines: Sequence[Line], logical: Sequence[tuple[int, str]], stream: Stream, message: Message | None, kind: Kind
-) -> list[Frame]:
+def _traceback(paste: _Paste, stream: Stream, message: Message | None, kind: Kind) -> list[Frame]:
     """The frames of the traceback that the message ends; of its first repetition that has one."""
-    headers = [number for number, line in enumerate(lines) if is_header(squashed(line.text))]
-    ends = []
+    headers = [number for number, part in enumerate(paste.squashed) if is_header(part)]
+    ends = [len(paste.lines)]
     if message is not None and kind.kind in WITH_FIGURES:
-        same = repetitions(message, messages_in(stream.text))
-        ends = sorted({stream.line_at(again.start) for again in same})
+        ends = sorted({stream.line_at(again.start) for again in repetitions(message, messages_in(stream.text))})
     elif kind.at >= 0:
-        ends = [stream_of(lines).line_at(kind.at)]
-    for end in ends or [len(lines)]:
-        frames = _frames_before(lines, logical, headers, end)
-        if frames:
-            return frames
-    every = [frame for _, frame in read_frames(logical)]
-    return every
+        ends = [paste.stream.line_at(kind.at)]
+    return next((frames for end in ends if (frames := _frames_before(paste, headers, end))), [])
 
 
-def _frames_before(
-    lines: Sequence[Line], logical: Sequence[tuple[int, str]], headers: Sequence[int], end: int
-) -> list[Frame]:
+def _frames_before(paste: _Paste, headers: Sequence[int], end: int) -> list[Frame]:
     """Frames between the last traceback header up to a line and that line; of that line's rank, if ranks mix there."""
+    lines = paste.lines
     end = min(end, len(lines) - 1)
     before = [number for number in headers if number <= end]
     begin, rank = before[-1] if before else 0, lines[end].rank
     own = [number for number in before if lines[number].rank == rank]
     if rank and own and len({lines[number].rank for number in before} - {""}) > 1:
-        chosen = [
-            (number, text) for number, text in logical if own[-1] <= number <= end and lines[number].rank in ("", rank)
-        ]
+        chosen = [row for row in paste.logical if own[-1] <= row[0] <= end and lines[row[0]].rank in ("", rank)]
         frames = [frame for _, frame in read_frames(chosen)]
         if sum(not frame.code for frame in frames) < 2 and frames:  # ranks that are none tear frames from their code
             return frames
-    return [frame for _, frame in read_frames([(number, text) for number, text in logical if begin <= number <= end])]
+    return [frame for _, frame in read_frames([row for row in paste.logical if begin <= row[0] <= end])]
 
 
 def _phase(kind: Kind, frames: Sequence[Frame], texts: Sequence[str]) -> str:

@@ -1,6 +1,7 @@
 """The lines of a paste as one text without white space, in which no wrapping matters, and the way back to lines."""
 
 import bisect
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,21 +33,12 @@ def squashed(text: str) -> str:
     return _DROPPED.sub("", kept).replace(_KEPT, " ")
 
 
-def stream_of(lines: Sequence[Line], rank: str | None = None) -> Stream:
-    """All lines, or those of one rank and those whose rank nothing tells."""
-    parts: list[str] = []
-    starts: list[int] = []
-    numbers: list[int] = []
-    length = 0
-    for number, line in enumerate(lines):
-        if rank is not None and line.rank not in ("", rank):
-            continue
-        part = squashed(line.text)
-        parts.append(part)
-        starts.append(length)
-        numbers.append(number)
-        length += len(part)
-    return Stream("".join(parts), tuple(starts), tuple(numbers))
+def stream_of(lines: Sequence[Line], parts: Sequence[str], rank: str | None = None) -> Stream:
+    """All lines, or those of one rank and those whose rank nothing tells. `parts` are the lines squashed."""
+    numbers = [number for number, line in enumerate(lines) if rank is None or line.rank in ("", rank)]
+    chosen = [parts[number] for number in numbers]
+    starts = itertools.accumulate((len(part) for part in chosen[:-1]), initial=0) if chosen else ()
+    return Stream("".join(chosen), tuple(starts), tuple(numbers))
 
 
 def logical_lines(lines: Sequence[Line]) -> list[tuple[int, str]]:
