@@ -127,7 +127,7 @@ def read_paste(text: str) -> OomFacts:
         tokens_per_step=run.tokens_per_step,
         program=program,
         shapes=shapes,
-        torch_version=torch_version(texts, wording),
+        torch_version=torch_version(texts, _wording(message, paste.stream) if figures else ""),
         gpu=printable(gpu_name(texts)),
         notes=tuple(notes),
         **figures,
@@ -182,7 +182,7 @@ def _limited(kind: Kind, figures: Mapping[str, int]) -> Kind:
         "reserved_bytes", figures.get("allocated_bytes", 0) + figures.get("reserved_unallocated_bytes", 0)
     )
     room = tried <= figures.get("free_bytes", tried)
-    return Kind("per_process_limit", "memory fraction", "", kind.at) if room or held + tried > allowed else kind
+    return Kind("per_process_limit", "", "", kind.at) if room or held + tried > allowed else kind
 
 
 def _wording(message: Message | None, everything: Stream) -> str:
