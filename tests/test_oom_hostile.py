@@ -24,13 +24,18 @@ texts = st.sampled_from(sorted(LABELS)).map(labelled)
 
 
 def printed_sizes(text: str) -> set[int]:
-    """All sizes that a text prints, white space aside: a slow and plain reading."""
-    plain = re.sub(r"\s", "", "".join(line.text for line in clean_lines(text))).lower()
-    found = re.findall(r"(?=(?<!\d)(\d[\d,]*(?:\.\d+)?)(bytes?|[kmgt]i?b?))", plain) if plain else []
-    return {
-        round(float(number.replace(",", "")) * NAMES.get(unit, UNITS.get(f"{unit[0].upper()}iB", 1)))
-        for number, unit in found
-    }
+    """All sizes that a text prints, or one rank of it, white space, bars and quotes aside: a slow and plain reading."""
+    lines = clean_lines(text)
+    ranks = {line.rank for line in lines}
+    parts = ["".join(line.text for line in lines if rank in ("", line.rank) or not line.rank) for rank in {"", *ranks}]
+    plain = "\n".join(re.sub(r"[\s|*`\"'│]", "", part) for part in parts).lower()
+    found = re.findall(r"(?=(?<!\d)(\d[\d,]*(?:\.\d+)?)(bytes?|[kmgt]i?b?))", plain)
+    sizes: set[int] = set()
+    for number, unit in found:
+        factor = NAMES.get(unit, UNITS.get(f"{unit[0].upper()}iB", 1))
+        forms = {number.replace(",", ""), number.replace(",", ".")}  # a comma may be either mark
+        sizes |= {round(float(form) * factor) for form in forms if form.count(".") < 2}
+    return sizes
 
 
 def mutated(rng: random.Random, text: str) -> str:

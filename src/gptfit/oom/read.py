@@ -5,7 +5,7 @@ a figure: nothing is guessed.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from gptfit.errors import GptfitError
@@ -97,7 +97,8 @@ def read_paste(text: str) -> OomFacts:
     if not lines:
         raise GptfitError("the paste is empty", "paste the traceback, from the first line to the last")
     parts = [squashed(line.text) for line in lines]
-    paste = _Paste(lines, parts, logical_lines(lines), stream_of(lines, parts))
+    wrapped = [replace(line, rank="") for line in lines] if _jumbled(lines, parts) else lines
+    paste = _Paste(lines, parts, logical_lines(wrapped), stream_of(lines, parts))
     texts = [line.text for line in lines]
     kind = kind_of(texts, paste.stream)
     message, stream, notes = _message(paste, kind)
@@ -132,6 +133,13 @@ def read_paste(text: str) -> OomFacts:
         notes=tuple(notes),
         **figures,
     )
+
+
+def _jumbled(lines: Sequence[Line], parts: Sequence[str]) -> bool:
+    """Whether what looks like ranks is none: frames of a rank that began no traceback, though there is one only."""
+    begun = {line.rank for line, part in zip(lines, parts, strict=True) if is_header(part)}
+    framed = {line.rank for line, part in zip(lines, parts, strict=True) if part.startswith("file")}
+    return len(begun) == 1 and not framed <= begun
 
 
 def _message(paste: _Paste, kind: Kind) -> tuple[Message | None, Stream, list[str]]:

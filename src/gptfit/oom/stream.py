@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 from gptfit.oom.clean import Line
 
-# White space between two digits of a line stays: "GPU 1 11.56 GiB" is not 111.56. A line's end may be amid a figure.
+# White space between two digits stays: "GPU 1 11.56 GiB" is not 111.56. A line's end alone may be amid a figure.
 _BETWEEN_DIGITS = re.compile(r"(?<=\d)[ \t]+(?=\d)")
+_ONE_SPACE = re.compile(r" \d")
 _DROPPED = re.compile(r"[\s|*`\"'\\│┃║╎┆▐↩⏎↵]+")
 _KEPT = "\0"
 
@@ -36,7 +37,14 @@ def squashed(text: str) -> str:
 def stream_of(lines: Sequence[Line], parts: Sequence[str], rank: str | None = None) -> Stream:
     """All lines, or those of one rank and those whose rank nothing tells. `parts` are the lines squashed."""
     numbers = [number for number, line in enumerate(lines) if rank is None or line.rank in ("", rank)]
-    chosen = [parts[number] for number in numbers]
+    chosen: list[str] = []
+    before = ""
+    for number in numbers:
+        part, text = parts[number], lines[number].text
+        amid = part[:1].isdigit() and bool(chosen) and chosen[-1][-1:].isdigit()
+        apart = amid and (before[-1:].isspace() or _ONE_SPACE.match(text) is not None)
+        chosen.append(" " + part if apart else part)
+        before = text
     starts = itertools.accumulate((len(part) for part in chosen[:-1]), initial=0) if chosen else ()
     return Stream("".join(chosen), tuple(starts), tuple(numbers))
 
