@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from gptfit.config import RunConfig, derive
 from gptfit.errors import GptfitError
 from gptfit.gpus import GpuProfile
+from gptfit.memory import compiled
 from gptfit.memory.overhead import CUBLAS_HANDLES, UNKNOWN_CARD_CONTEXT_BYTES, cublas_workspace_bytes
 from gptfit.memory.reserve import replay_run
 from gptfit.memory.step import PROGRAMS, Pieces, pieces, steady_step
@@ -174,7 +175,7 @@ def estimate(
         phases=tuple((name, n_bytes) for name, n_bytes in steady.phases().items() if name != "setup"),
         eval_allocated_bytes=evaluation_bytes(run, parts) + CUBLAS_HANDLES * workspace_bytes,
         speed=predict(run, profile, parts.flops_per_token, program) if profile else None,
-        assumptions=assumptions(run, program, profile, reserve_bytes),
+        assumptions=(*assumptions(run, program, profile, reserve_bytes), *compiled.assumptions(run, program)),
     )
 
 

@@ -60,6 +60,7 @@ def marked_checkpoints() -> Iterator[None]:
     (torch/_higher_order_ops/wrap.py, tag_activation_checkpoint_impl)."""
     import torch.utils.checkpoint as checkpoints
     from torch._higher_order_ops.wrap import _always_prefer_recompute, uid
+    from torch.fx.traceback import current_meta
 
     module: Any = checkpoints
     original = module._checkpoint_without_reentrant_generator
@@ -72,7 +73,11 @@ def marked_checkpoints() -> Iterator[None]:
     def generator(
         function: Any, preserve: bool, context_fn: Any, check: str, debug: bool, early: bool, *args: Any, **kwargs: Any
     ) -> Any:
-        return original(function, False, contexts, check, debug, False, *args, **kwargs)
+        try:
+            yield from original(function, False, contexts, check, debug, False, *args, **kwargs)
+        finally:  # or the nodes that follow would inherit the marks
+            for key in ("recompute", "ac_graph_id"):
+                current_meta.pop(key, None)
 
     module._checkpoint_without_reentrant_generator = generator
     try:
