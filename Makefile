@@ -11,7 +11,7 @@ WORKERS ?= 2
 run: $(INSTALLED)
 	$(BIN)/gptfit plan --gpu rtx4070
 	rm -rf out/demo
-	$(BIN)/gptfit train --auto-fit --out out/demo max_iters=100 eval_interval=50
+	$(BIN)/gptfit train --auto-fit --out out/demo
 
 test: $(INSTALLED)
 	$(BIN)/pytest -n $(WORKERS)
