@@ -16,7 +16,6 @@ from gptfit.memory.allocator import (
     Block,
     CachingAllocator,
     OutOfMemory,
-    replay_sizes,
 )
 from gptfit.memory.allocator_options import AllocatorOptions
 from slow_allocator import Pages, Plain
@@ -342,33 +341,3 @@ def test_a_hinted_address_is_taken_where_it_is_free():
     allocator.hint_address = (1 << 40) + MiB
     assert allocator.malloc(12 * MiB).address == (1 << 40) - 12 * MiB
     check(allocator)
-
-
-@given(STEPS, st.sampled_from((None, 100 * MiB)))
-@settings(max_examples=50, deadline=None)
-def test_bulk_replay_equals_single_calls(steps, capacity):
-    allocator = CachingAllocator(capacity)
-    events: list[tuple[int, int]] = []
-    alive: dict[int, Block] = {}
-    history = [0]
-    failed = False
-    for serial, step in enumerate(steps):
-        if isinstance(step, tuple) and not failed:
-            events.append((serial, step[0]))
-            try:
-                alive[serial] = allocator.malloc(step[0])
-            except OutOfMemory:
-                failed = True
-        elif isinstance(step, float) and alive and not failed:
-            key = list(alive)[int(step * len(alive))]
-            events.append((key, -1))
-            allocator.free(alive.pop(key))
-        history.append(allocator.allocated_bytes)
-    got = replay_sizes([*events, (-1, 0), (-1, -1)], capacity)
-    assert got.peak_allocated_bytes == max(history) == allocator.peak_allocated_bytes
-    assert got.peak_reserved_bytes == allocator.peak_reserved_bytes
-    assert got.final_reserved_bytes == allocator.reserved_bytes
-    assert got.retries == allocator.num_alloc_retries
-    assert (got.out_of_memory is not None) == failed
-    running = [sum(s for _, s in events[: i + 1] if s > 0) for i in range(len(events))]
-    assert got.peak_index == -1 or running[got.peak_index] > 0

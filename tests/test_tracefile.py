@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from gptfit.config import make_run
 from gptfit.errors import GptfitError
 from gptfit.gpus import load_gpu
+from gptfit.memory.reserve import replay_tape
 from gptfit.memory.tape import Buffer, Event, Mark, Tape
 from gptfit.trace import trace_program
-from gptfit.tracefile import TraceReport, grouped, replay, trace_file, with_scratch
+from gptfit.tracefile import TraceReport, grouped, trace_file, with_scratch
 from gptfit.tracefit import MAX_BATCH_SIZE, MAX_TRACES, fit_batch, search
 
 MiB = 1 << 20
@@ -245,7 +246,7 @@ def test_figures_are_in_order_and_rows_add_up(toy: str) -> None:
 def test_a_replay_rounds_as_the_allocator_does() -> None:
     large = Buffer("a", "activation", (), "uint8", 3 * MiB)
     small = Buffer("b", "activation", (), "uint8", 512)
-    replayed = replay(Tape([Event(1, large), Event(1, small), Event(-1, large)]), False)
+    replayed = replay_tape(Tape([Event(1, large), Event(1, small), Event(-1, large)]), False)
     assert replayed.reserved_bytes == 22 * MiB  # 1 to 10 MiB are cut out of 20, small ones out of 2
 
 

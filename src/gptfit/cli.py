@@ -192,17 +192,16 @@ def explain_oom(
 
     The first word is the file; - or a pipe reads from there, and a terminal asks for the text.
     """
-    from gptfit.door import read_config
     from gptfit.logfile import read_log
     from gptfit.oom.diagnose import diagnose
+    from gptfit.oom.failed_run import failed_run
     from gptfit.oom.read import read_paste
     from gptfit.report.lists import diagnosis_view
     from gptfit.report.output import respond
 
     asked = asked_for(context, words)  # its CONFIG is the log
-    source = read_config(config, asked.overrides) if config is not None or asked.overrides else None
     facts = read_paste(read_log(asked.config))
-    answer = diagnose(facts, source.run if source else None, program)
+    answer = diagnose(facts, failed_run(facts, config, asked.overrides), program)
     respond(json, answer.to_json, diagnosis_view(answer))
     return NO if facts.kind == "not_oom" else YES
 

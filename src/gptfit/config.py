@@ -11,8 +11,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from gptfit.errors import GptfitError, nearest
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int64": 8, "int32": 4, "uint8": 1, "bool": 1}
-
 
 def default_n_hidden(n_embd: int, mlp: str) -> int:
     """Width of the MLP: 4·n_embd; for swiglu 8/3·n_embd rounded up to 256, as Llama does."""

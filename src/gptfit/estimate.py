@@ -48,16 +48,12 @@ class Budget:
         }
 
 
-@dataclass(frozen=True, slots=True)
-class Estimate:
-    """The answer for one run under one program. Totals are derived from `tensors`, never stored beside them."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Needs:
+    """What a step needs, estimated or traced. Totals are derived from `tensors`, never stored beside them."""
 
-    program: str
-    config: Mapping[str, object]
     budget: Budget | None
     n_params: int
-    flops_per_token: int
-    tokens_per_step: int
     live_bytes: int
     reserved_bytes: int
     process_bytes: int
@@ -66,8 +62,6 @@ class Estimate:
     tensors: tuple[TensorRow, ...]
     saved_for_backward_bytes: int
     phases: tuple[tuple[str, int], ...]
-    eval_allocated_bytes: int
-    speed: Speed | None
     assumptions: tuple[str, ...]
 
     @property
@@ -91,19 +85,13 @@ class Estimate:
             totals[row.category] = totals.get(row.category, 0) + row.n_bytes
         return sorted(totals.items(), key=lambda item: -item[1])
 
-    def to_json(self) -> dict[str, object]:
-        """The object that `gptfit estimate --json` prints."""
-        budget, speed = self.budget, self.speed
+    def memory_json(self) -> dict[str, object]:
+        """The keys that an estimate and a trace have in common."""
         return {
-            "schema": "gptfit.estimate/1",
-            "program": self.program,
             "verdict": self.verdict,
             "margin_bytes": self.margin_bytes,
-            "gpu": budget.to_json() if budget else None,
-            "config": dict(self.config),
+            "gpu": self.budget.to_json() if self.budget else None,
             "n_params": self.n_params,
-            "flops_per_token": self.flops_per_token,
-            "tokens_per_step": self.tokens_per_step,
             "peak": {
                 "live_bytes": self.live_bytes,
                 "allocated_bytes": self.allocated_bytes,
@@ -125,9 +113,32 @@ class Estimate:
             ],
             "saved_for_backward_bytes": self.saved_for_backward_bytes,
             "phases": [{"name": name, "peak_live_bytes": n_bytes} for name, n_bytes in self.phases],
-            "eval": {"allocated_bytes": self.eval_allocated_bytes},
-            "speed": None if speed is None else speed_json(speed),
             "assumptions": list(self.assumptions),
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate(Needs):
+    """The answer for one run under one program."""
+
+    program: str
+    config: Mapping[str, object]
+    flops_per_token: int
+    tokens_per_step: int
+    eval_allocated_bytes: int
+    speed: Speed | None
+
+    def to_json(self) -> dict[str, object]:
+        """The object that `gptfit estimate --json` prints."""
+        return {
+            "schema": "gptfit.estimate/1",
+            "program": self.program,
+            **self.memory_json(),
+            "config": dict(self.config),
+            "flops_per_token": self.flops_per_token,
+            "tokens_per_step": self.tokens_per_step,
+            "eval": {"allocated_bytes": self.eval_allocated_bytes},
+            "speed": None if self.speed is None else speed_json(self.speed),
         }
 
 

@@ -23,9 +23,10 @@ above the rated boost and large L2 caches (an RTX 4070 is 35 % faster: 42,000 to
 import math
 from dataclasses import dataclass, field
 
-from gptfit.config import DTYPE_BYTES, RunConfig
+from gptfit.config import RunConfig
 from gptfit.errors import GptfitError
 from gptfit.gpus import GpuProfile
+from gptfit.memory.tape import DTYPE_BYTES
 
 
 @dataclass(frozen=True, slots=True)

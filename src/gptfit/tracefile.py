@@ -11,12 +11,11 @@ from typing import Any
 
 from gptfit.config import RunConfig, make_run
 from gptfit.errors import GptfitError, nearest
-from gptfit.estimate import Budget, TensorRow, live_rows
+from gptfit.estimate import Budget, Needs, TensorRow, live_rows
 from gptfit.factory import Factory, load_factory, users_code
 from gptfit.gpus import GpuProfile
-from gptfit.memory.allocator import AllocatorOptions, Block, CachingAllocator
 from gptfit.memory.overhead import UNKNOWN_CARD_CONTEXT_BYTES, cublas_workspace_bytes
-from gptfit.memory.reserve import Reserved
+from gptfit.memory.reserve import replay_tape
 from gptfit.memory.tape import Buffer, Event, Item, Mark, Tape, make_buffer
 from gptfit.trace import trace_step
 from gptfit.traceloop import Loop
@@ -37,46 +36,14 @@ DEFAULTS: dict[str, Any] = {
 STEPS = 3
 
 
-@dataclass(frozen=True, slots=True)
-class TraceReport:
-    """The answer for one traced step. `tensors` add up to `allocated_bytes`."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TraceReport(Needs):
+    """The answer for one traced step."""
 
     source: str
     arguments: Mapping[str, Any]
     takes_batch_size: bool
-    budget: Budget | None
-    n_params: int
-    live_bytes: int
-    reserved_bytes: int
-    process_bytes: int
-    phase: str
-    op: str
-    tensors: tuple[TensorRow, ...]
-    saved_for_backward_bytes: int
-    phases: tuple[tuple[str, int], ...]
-    assumptions: tuple[str, ...]
     notes: tuple[str, ...]
-
-    @property
-    def allocated_bytes(self) -> int:
-        return sum(row.n_bytes for row in self.tensors)
-
-    @property
-    def margin_bytes(self) -> int | None:
-        """What is left of the usable memory; negative is what is missing."""
-        return None if self.budget is None else self.budget.usable_bytes - self.process_bytes
-
-    @property
-    def verdict(self) -> str | None:
-        margin = self.margin_bytes
-        return None if margin is None else "fits" if margin >= 0 else "does_not_fit"
-
-    def breakdown(self) -> list[tuple[str, int]]:
-        """Bytes by category at the peak, largest first; sums to `allocated_bytes`."""
-        totals: dict[str, int] = {}
-        for row in self.tensors:
-            totals[row.category] = totals.get(row.category, 0) + row.n_bytes
-        return sorted(totals.items(), key=lambda item: -item[1])
 
     def to_json(self) -> dict[str, object]:
         """The object that `gptfit trace --json` prints; keys that an estimate has, too, mean the same."""
@@ -84,32 +51,7 @@ class TraceReport:
             "schema": "gptfit.trace/1",
             "source": self.source,
             "arguments": {key: value if is_plain(value) else str(value) for key, value in self.arguments.items()},
-            "verdict": self.verdict,
-            "margin_bytes": self.margin_bytes,
-            "gpu": self.budget.to_json() if self.budget else None,
-            "n_params": self.n_params,
-            "peak": {
-                "live_bytes": self.live_bytes,
-                "allocated_bytes": self.allocated_bytes,
-                "reserved_bytes": self.reserved_bytes,
-                "process_bytes": self.process_bytes,
-                "instant": {"phase": self.phase, "op": self.op},
-            },
-            "breakdown": [{"category": name, "bytes": n_bytes} for name, n_bytes in self.breakdown()],
-            "tensors": [
-                {
-                    "name": row.name,
-                    "category": row.category,
-                    "shape": list(row.shape),
-                    "dtype": row.dtype,
-                    "count": row.count,
-                    "bytes": row.n_bytes,
-                }
-                for row in self.tensors
-            ],
-            "saved_for_backward_bytes": self.saved_for_backward_bytes,
-            "phases": [{"name": name, "peak_live_bytes": n_bytes} for name, n_bytes in self.phases],
-            "assumptions": list(self.assumptions),
+            **self.memory_json(),
             "notes": list(self.notes),
             "fit": None,
         }
@@ -146,7 +88,7 @@ def trace_factory(
         traced = trace_step(loop.job, STEPS)
     workspace_bytes = cublas_workspace_bytes(profile.compute_capability if profile else None)
     whole = Tape(with_scratch(loop.recorder.items(loop.starts[0], loop.stop), workspace_bytes))
-    replayed = replay(whole, run.expandable_segments)
+    replayed = replay_tape(whole, run.expandable_segments)
     context_bytes = profile.context_bytes if profile else UNKNOWN_CARD_CONTEXT_BYTES
     peak = traced.peak
     return TraceReport(
@@ -227,18 +169,6 @@ def with_scratch(items: list[Item], workspace_bytes: int) -> list[Item]:
             written += [scratch, Event(-1, scratch.buffer)]
             in_flash = False
     return written
-
-
-def replay(tape: Tape, expandable_segments: bool) -> Reserved:
-    """What the caching allocator makes of `tape`."""
-    allocator = CachingAllocator(options=AllocatorOptions(expandable_segments=expandable_segments))
-    blocks: list[Block] = []
-    for sign, serial, buffer in tape.expand():
-        if sign > 0:
-            blocks.append(allocator.malloc(buffer.n_bytes))  # serials count up from 0
-        else:
-            allocator.free(blocks[serial])
-    return Reserved(allocator.peak_allocated_bytes, allocator.peak_reserved_bytes)
 
 
 def assumptions(loop: Loop, context_bytes: int, profile: GpuProfile | None, reserve_bytes: int) -> tuple[str, ...]:

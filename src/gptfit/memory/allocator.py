@@ -5,7 +5,6 @@ callbacks that free memory of other processes, and the cudaMallocAsync backend.
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Hashable, Iterable
 from typing import NamedTuple
 
 from gptfit.errors import GptfitError
@@ -318,50 +317,3 @@ def room(block: Block) -> int:
     """A block's bytes and the unmapped ones right behind it."""
     after = block.next
     return block.size + (after.size if after is not None and after.state == UNMAPPED else 0)
-
-
-class Sizes(NamedTuple):
-    """What `replay_sizes` gives. `peak_index` is the event at which `peak_allocated_bytes` was first reached."""
-
-    peak_allocated_bytes: int
-    peak_reserved_bytes: int
-    final_reserved_bytes: int
-    peak_index: int
-    retries: int
-    out_of_memory: OutOfMemory | None
-
-
-def replay_sizes(
-    events: Iterable[tuple[Hashable, int]],
-    capacity_bytes: int | None = None,
-    options: AllocatorOptions | None = None,
-    by_age: bool = True,
-) -> Sizes:
-    """Events (key, bytes) through a fresh allocator: 0 bytes or more are allocated under `key`, -1 frees it again.
-
-    Ends at the first out of memory. Raises KeyError for a free of what is not there: an error of the writer.
-    """
-    allocator = CachingAllocator(capacity_bytes, options, by_age)
-    malloc, free = allocator.malloc, allocator.free
-    blocks: dict[Hashable, Block | None] = {}
-    peak, peak_index, failure = 0, -1, None
-    try:
-        for index, (key, n_bytes) in enumerate(events):
-            if n_bytes > 0:
-                blocks[key] = malloc(n_bytes)
-                if allocator.allocated_bytes > peak:
-                    peak, peak_index = allocator.allocated_bytes, index
-            elif n_bytes == 0:
-                blocks[key] = None  # torch hands out a null pointer
-            elif (block := blocks.pop(key)) is not None:
-                free(block)
-    except OutOfMemory as error:
-        failure = error
-    return Sizes(
-        peak,
-        allocator.peak_reserved_bytes,
-        allocator.reserved_bytes,
-        peak_index,
-        allocator.num_alloc_retries,
-        failure,
-    )

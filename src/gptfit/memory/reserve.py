@@ -22,10 +22,15 @@ def replay_run(
 ) -> Reserved:
     """Replays evaluation, the first step and two steady ones. `parts` must have been written with kernels."""
     expandable = run.expandable_segments if expandable_segments is None else expandable_segments
-    allocator = CachingAllocator(options=AllocatorOptions(expandable_segments=expandable))
+    return replay_tape(with_workspaces(first_steps(run, parts), workspace_bytes), expandable)
+
+
+def replay_tape(tape: Tape, expandable_segments: bool) -> Reserved:
+    """A tape through an empty allocator."""
+    allocator = CachingAllocator(options=AllocatorOptions(expandable_segments=expandable_segments))
     blocks: list[Block | None] = []
     malloc, free = allocator.malloc, allocator.free
-    for sign, serial, buffer in with_workspaces(first_steps(run, parts), workspace_bytes).expand():
+    for sign, serial, buffer in tape.expand():
         if sign > 0:
             blocks.append(malloc(buffer.n_bytes) if buffer.n_bytes else None)  # serials count up from 0
         elif (block := blocks[serial]) is not None:

@@ -13,18 +13,6 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Iterator
 from typing import NamedTuple
 
-# torch's MemTracker words (parameter … temporary), and ours beside them.
-CATEGORIES = (
-    "parameter",
-    "gradient",
-    "optimizer state",
-    "activation",
-    "logits",
-    "temporary",
-    "workspace",
-    "buffer",
-)
-
 DTYPE_BYTES = {
     "float32": 4,
     "bfloat16": 2,

@@ -1,12 +1,13 @@
 """From the facts of a paste to what failed, why, and what helps."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gptfit.config import RunConfig
 from gptfit.errors import GptfitError
 from gptfit.estimate import Estimate, estimate, under_program
 from gptfit.oom import tensors
+from gptfit.oom.failed_run import FailedRun
 from gptfit.oom.read import OomFacts
 from gptfit.oom.remedies import NotRemedy, Remedy, folk_advice, general_remedies, run_remedies
 from gptfit.units import format_bytes
@@ -82,25 +83,29 @@ class Diagnosis:
         }
 
 
-def diagnose(facts: OomFacts, run: RunConfig | None = None, program: str | None = None) -> Diagnosis:
-    """Explains `facts`. `run` is the failed run where it is known, `program` whose code ran it."""
+def diagnose(facts: OomFacts, failed: FailedRun | None = None, program: str | None = None) -> Diagnosis:
+    """Explains `facts`. `failed` is the failed run as far as it is known, `program` whose code ran it."""
     program = program or (facts.program if facts.program in ("gptfit", "nanogpt") else "nanogpt")
-    warnings = list(facts.notes)
+    warnings = [*facts.notes, *(failed.notes if failed else ())]
+    run: RunConfig | None = None
     estimated: Estimate | None = None
-    if run is not None:
+    if failed is not None:
         try:
-            run = under_program(run, program)
+            run = under_program(failed.run, program)
             estimated = estimate(run, program)
         except GptfitError as error:
             warnings.append(error.message)
+    model_known = failed is not None and failed.model_known
     lines = [text for frame in facts.frames for text in (frame.function, frame.code) if text]
     tensor = tensors.name_tensor(facts.phase, lines, facts.tried_bytes, run)
+    if tensor is not None and tensor.confidence == "exact" and not model_known and not tensor.printed:
+        tensor = replace(tensor, confidence="likely")  # part of the arithmetic rests on sizes that nobody told
     if facts.kind not in ("cuda_caching_allocator", "hip", "xpu", "mps", "cuda_async_allocator", "per_process_limit"):
         tensor = None
-    cause = cause_of(facts, estimated, tensor)
+    cause = cause_of(facts, estimated if model_known else None, tensor)
     remedies: list[Remedy] = general_remedies(facts)
     if run is not None and estimated is not None and facts.kind != "not_oom":
-        remedies += run_remedies(facts, run, program, estimated)
+        remedies += run_remedies(facts, run, program, estimated, model_known)
     return Diagnosis(
         facts=facts,
         tensor=tensor,

@@ -111,9 +111,10 @@ KIND_REMEDIES: dict[str, tuple[tuple[str, str], ...]] = {
 }
 
 
-def run_remedies(facts: OomFacts, run: RunConfig, program: str, before: Estimate) -> list[Remedy]:
-    """Single changes to the run that failed, cheapest and most saving first."""
-    room = card_room(facts, before)
+def run_remedies(facts: OomFacts, run: RunConfig, program: str, before: Estimate, model_known: bool) -> list[Remedy]:
+    """Single changes to the run that failed, cheapest and most saving first. Whether one is enough is said only
+    where the model is known, and not assumed."""
+    room = card_room(facts, before) if model_known else None
     found: list[Remedy] = []
 
     def add(change: str, why: str, after: Estimate | None) -> None:

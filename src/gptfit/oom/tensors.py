@@ -22,6 +22,7 @@ class Tensor:
     dtype: str
     n_bytes: int
     confidence: Confidence
+    printed: bool = False  # whether the text itself prints shape and dtype
 
 
 # Lines of GPT code and of torch on the way to an allocation, innermost first match; phase "" is any.
@@ -122,7 +123,7 @@ def _strided(lines: Sequence[str], phase: str, run: RunConfig | None) -> Tensor 
         wide = shape[-1] == vocab or (vocab is None and shape[-1] >= 16384)
         if wide:
             name = "logits" if dtype != "float32" else "cross entropy"
-            return Tensor(_in_phase(name, phase), shape, dtype, n_bytes, "exact")
+            return Tensor(_in_phase(name, phase), shape, dtype, n_bytes, "exact", True)
         hidden = run is not None and shape[-1] == run.n_hidden
         return Tensor("mlp activation" if hidden else "attention output", shape, dtype, n_bytes, "likely")
     return None
