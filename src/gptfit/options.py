@@ -12,6 +12,9 @@ from gptfit.errors import GptfitError, nearest
 if TYPE_CHECKING:
     from gptfit.door import ConfigSource
 
+# Exit codes: yes or done, the answer is no, it could not be answered, stopped with Ctrl-C.
+YES, NO, UNANSWERED, INTERRUPTED = 0, 1, 2, 130
+
 # nanoGPT's users type --batch_size=8, so what looks like an option may be a key: unknown ones come here as words.
 WORDS = {"ignore_unknown_options": True}
 

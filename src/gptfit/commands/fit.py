@@ -1,0 +1,118 @@
+"""What fits: plan, estimate and explain-oom."""
+
+from dataclasses import replace
+
+import typer
+
+from gptfit.options import (
+    NO,
+    WORDS,
+    YES,
+    Allow,
+    Config,
+    Gpu,
+    Json,
+    Keep,
+    Program,
+    Reserve,
+    Save,
+    TokensPerStep,
+    Verbose,
+    Words,
+    asked_for,
+    program_of,
+)
+
+app = typer.Typer()
+
+
+@app.command(context_settings=WORDS)
+def plan(
+    context: typer.Context,
+    words: Words = None,
+    gpu: Gpu = None,
+    tokens_per_step: TokensPerStep = None,
+    allow: Allow = None,
+    keep: Keep = None,
+    program: Program = None,
+    reserve: Reserve = None,
+    save: Save = None,
+    json: Json = False,
+    verbose: Verbose = False,
+) -> int:
+    """The best run that fits the card: what to change, and how fast it will be."""
+    from gptfit.card import need_card
+    from gptfit.door import read_config
+    from gptfit.plan import plan as make_plan
+    from gptfit.report.output import respond
+    from gptfit.report.plans import after_plan, plan_view
+    from gptfit.report.terminal import notes_view
+
+    asked = asked_for(context, words)
+    source = read_config(asked.config, asked.overrides)
+    source = replace(source, program=program_of(program, source))
+    card = need_card(gpu, reserve, "plan")
+    answer = make_plan(source, card.profile, card.reserve_bytes, tokens_per_step, allow or (), keep or ())
+    if save is not None and answer.run is not None:
+        from gptfit.door import save_run
+
+        save_run(answer.run, save, asked.gptfit("plan", {}, "--gpu", card.profile.name))
+    view = plan_view(answer, verbose), notes_view(source, card, verbose), after_plan(answer, source, asked, save)
+    respond(json, answer.to_json, *view)
+    return YES if answer.verdict == "fits" else NO
+
+
+@app.command(context_settings=WORDS)
+def estimate(
+    context: typer.Context,
+    words: Words = None,
+    gpu: Gpu = None,
+    program: Program = None,
+    reserve: Reserve = None,
+    json: Json = False,
+    verbose: Verbose = False,
+) -> int:
+    """The memory of exactly this run, and whether it fits."""
+    from gptfit.card import find_card
+    from gptfit.door import read_config
+    from gptfit.estimate import estimate as make_estimate
+    from gptfit.report.output import respond
+    from gptfit.report.terminal import after_estimate, estimate_view, notes_view
+
+    asked = asked_for(context, words)
+    source = read_config(asked.config, asked.overrides)
+    card = find_card(gpu, reserve)
+    on_card = (card.profile, card.reserve_bytes) if card else (None, 0)
+    answer = make_estimate(source.run, program_of(program, source), *on_card)
+    # A config written for nanoGPT is answered for both programs: its owner may train it with either.
+    both = program is None and source.program == "nanogpt" and not json
+    other = make_estimate(source.run, "gptfit", *on_card) if both else None
+    view = estimate_view(answer, other, verbose), notes_view(source, card, verbose), after_estimate(answer, asked)
+    respond(json, answer.to_json, *view)
+    return NO if answer.verdict == "does_not_fit" else YES
+
+
+@app.command("explain-oom", context_settings=WORDS)
+def explain_oom(
+    context: typer.Context,
+    words: Words = None,
+    config: Config = None,
+    program: Program = None,
+    json: Json = False,
+) -> int:
+    """Why a run ran out of memory, from its traceback or log.
+
+    The first word is the file; - or a pipe reads from there, and a terminal asks for the text.
+    """
+    from gptfit.logfile import read_log
+    from gptfit.oom.diagnose import diagnose
+    from gptfit.oom.failed_run import failed_run
+    from gptfit.oom.read import read_paste
+    from gptfit.report.lists import diagnosis_view
+    from gptfit.report.output import respond
+
+    asked = asked_for(context, words)  # its CONFIG is the log
+    facts = read_paste(read_log(asked.config))
+    answer = diagnose(facts, failed_run(facts, config, asked.overrides), program)
+    respond(json, answer.to_json, diagnosis_view(answer))
+    return NO if facts.kind == "not_oom" else YES

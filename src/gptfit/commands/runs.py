@@ -1,0 +1,85 @@
+"""What trains: train, sample and data prepare."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gptfit.options import (
+    INTERRUPTED,
+    NO,
+    WORDS,
+    YES,
+    Device,
+    Out,
+    Words,
+    asked_for,
+)
+
+app = typer.Typer()
+data_app = typer.Typer(rich_markup_mode=None, help="Data sets.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+
+@app.command(context_settings=WORDS)
+def train(
+    context: typer.Context,
+    words: Words = None,
+    auto_fit: Annotated[bool, typer.Option("--auto-fit", help="Train the best run that fits here.")] = False,
+    out: Out = "out",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in DIR.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Train even if it is predicted not to fit.")] = False,
+    device: Device = "",
+) -> int:
+    """Trains a run: estimated first, measured beside predicted, resumable."""
+    from gptfit.launch import prepare_launch
+    from gptfit.progress import Progress
+    from gptfit.report.lists import refusal_view
+    from gptfit.report.output import show, write
+    from gptfit.train import train as run_training
+
+    asked = asked_for(context, words)
+    launch = prepare_launch(asked, auto_fit, Path(out) if resume else None, device)
+    if launch.estimate is not None and launch.refused and not force:
+        show(refusal_view(launch.estimate, launch.levers, asked))
+        return NO
+    with Progress() as progress:
+        launch.tell(progress)
+        finished = run_training(launch.run, out, resume, launch.predicted, progress, device)
+    if auto_fit and not finished.stopped_by:
+        from gptfit.sample import sample as draw
+
+        write(draw(out, n_tokens=300, device_name=device) + "\n")
+    return INTERRUPTED if finished.stopped_by == "SIGINT" else YES
+
+
+@app.command()
+def sample(
+    out: Out = "out",
+    prompt: Annotated[str, typer.Option(metavar="TEXT", help="What the text begins with.")] = "",
+    tokens: Annotated[int, typer.Option("--tokens", metavar="N", min=0, help="How many tokens to draw.")] = 500,
+    temperature: Annotated[float, typer.Option(metavar="X", min=0, help="0 takes the likeliest token.")] = 0.8,
+    top_k: Annotated[int, typer.Option(metavar="K", min=0, help="Draw from the K likeliest; 0 from all.")] = 200,
+    seed: Annotated[int, typer.Option(metavar="N", help="The same seed draws the same text.")] = 1337,
+    device: Device = "",
+) -> None:
+    """Text from the newest checkpoint of a run."""
+    from gptfit.report.output import write
+    from gptfit.sample import sample as draw
+
+    write(draw(out, prompt, tokens, temperature, top_k, seed, device) + "\n")
+
+
+@data_app.command("prepare")
+def data_prepare(
+    sources: Annotated[list[str], typer.Argument(metavar="FILE", help="Text files, folders of them, or - for stdin.")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where train.bin and val.bin go.")],
+    tokenizer: Annotated[str, typer.Option(metavar="NAME", help="byte, gpt2, or a rank file.")] = "byte",
+    val_fraction: Annotated[float, typer.Option(metavar="X", help="The share that is for validation.")] = 0.05,
+) -> None:
+    """Token files from text, in nanoGPT's format."""
+    from gptfit.prepare import prepare
+    from gptfit.report.lists import prepared_view
+    from gptfit.report.output import show
+
+    show(prepared_view(prepare(sources, tokenizer, out, val_fraction)))
