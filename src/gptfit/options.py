@@ -57,6 +57,10 @@ Keep = Annotated[
 Save = Annotated[
     str | None, typer.Option("--save", metavar="FILE", help="Write the run, for gptfit train.", show_default=False)
 ]
+Snapshot = Annotated[
+    str | None,
+    typer.Option("--snapshot", metavar="FILE", help="Write it as torch's memory snapshot.", show_default=False),
+]
 Capacity = Annotated[
     str | None, typer.Option("--capacity", metavar="SIZE", help="What the card has, as 11.5GiB.", show_default=False)
 ]

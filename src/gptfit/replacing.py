@@ -17,8 +17,10 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file to write, which takes the place of `path` when the block is left without an error.
 
     On an error what was written is removed, and what was at `path` before is untouched. Raises GptfitError
-    where the file system is full or cannot be written to.
+    where `path` names no file, and where the file system is full or cannot be written to.
     """
+    if not path.name:
+        raise GptfitError(f'cannot write "{path}": it names no file', "give the name of a file")
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with partial.open("wb") as file:

@@ -6,7 +6,7 @@ it the optimizer if there is one. It is called on fake tensors, so a model of an
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from gptfit.config import RunConfig, make_run
@@ -43,6 +43,8 @@ class TraceReport(Needs):
     source: str
     arguments: Mapping[str, Any]
     takes_batch_size: bool
+    expandable_segments: bool
+    run_tape: Tape = field(repr=False, compare=False)  # the steps that were replayed
     notes: tuple[str, ...]
 
     def to_json(self) -> dict[str, object]:
@@ -95,6 +97,8 @@ def trace_factory(
         source=source,
         arguments={**factory.defaults, **arguments},
         takes_batch_size="batch_size" in factory.parameters,
+        expandable_segments=run.expandable_segments,
+        run_tape=whole,
         budget=Budget(profile.name, profile.total_bytes, reserve_bytes) if profile else None,
         n_params=traced.n_params,
         live_bytes=peak.live_bytes,

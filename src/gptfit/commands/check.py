@@ -15,6 +15,7 @@ from gptfit.options import (
     Json,
     Program,
     Reserve,
+    Snapshot,
     Verbose,
     Words,
     asked_for,
@@ -67,6 +68,7 @@ def trace(
     gpu: Gpu = None,
     reserve: Reserve = None,
     fit: Annotated[bool, typer.Option("--fit", help="Find the largest batch_size that fits the card.")] = False,
+    snapshot: Snapshot = None,
     json: Json = False,
     verbose: Verbose = False,
 ) -> int:
@@ -95,6 +97,10 @@ def trace(
         on_card = (card.profile, card.reserve_bytes) if card else (None, 0)
         answer = trace_file(asked.config or "", *on_card, **keys)
         record, view = answer.to_json, trace_view(answer, verbose)
+    if snapshot is not None:
+        from gptfit.report.torch_snapshot import write_snapshot
+
+        write_snapshot(snapshot, answer.run_tape, answer.expandable_segments)
     respond(json, record, view, notes_view(answer, card), after_trace(answer, asked, fit))
     return NO if answer.verdict == "does_not_fit" else YES
 

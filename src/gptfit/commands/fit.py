@@ -16,6 +16,7 @@ from gptfit.options import (
     Program,
     Reserve,
     Save,
+    Snapshot,
     TokensPerStep,
     Verbose,
     Words,
@@ -69,6 +70,7 @@ def estimate(
     gpu: Gpu = None,
     program: Program = None,
     reserve: Reserve = None,
+    snapshot: Snapshot = None,
     json: Json = False,
     verbose: Verbose = False,
 ) -> int:
@@ -84,6 +86,11 @@ def estimate(
     card = find_card(gpu, reserve)
     on_card = (card.profile, card.reserve_bytes) if card else (None, 0)
     answer = make_estimate(source.run, program_of(program, source), *on_card)
+    if snapshot is not None:
+        from gptfit.report.torch_snapshot import predicted_tape, write_snapshot
+
+        tape = predicted_tape(source.run, answer.program, on_card[0])
+        write_snapshot(snapshot, tape, source.run.expandable_segments)
     # A config written for nanoGPT is answered for both programs: its owner may train it with either.
     both = program is None and source.program == "nanogpt" and not json
     other = make_estimate(source.run, "gptfit", *on_card) if both else None

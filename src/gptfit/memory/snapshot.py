@@ -113,8 +113,10 @@ def _label(frames: Iterable[dict[str, Any]], labels: dict[int, str]) -> str:
 
 
 def _frame_label(frame: dict[str, Any]) -> str:
-    """Empty for a frame of C++ code."""
+    """Empty for a frame of C++ code; a buffer's name for one that a prediction wrote, under its category."""
     filename = f"{frame.get('filename', '')}".replace("\\", "/")
+    if filename.isascii() and filename.replace(" ", "").isalpha():
+        return f"{filename}: {frame.get('name', '')!s:.80}"
     if not filename.endswith(".py"):
         return ""
     text = f"{filename.rpartition('/')[2]}:{whole(frame.get('line', 0), -1)} {frame.get('name', '')!s:.80}"
