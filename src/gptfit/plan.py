@@ -6,6 +6,7 @@ user set are kept, unless nothing fits; the tokens of a step are kept in any cas
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import product
 
 from gptfit.config import RunConfig, derive
@@ -120,32 +121,14 @@ def plan(
 
     Raises GptfitError for an unknown lever in `allow`, or fewer tokens a step than one sequence has.
     """
-    for name in allow:
-        if name not in LAST_RESORT and name not in LEVERS:
-            raise GptfitError(
-                f'unknown lever "{name}"{nearest(name, LAST_RESORT)}', f"levers: {', '.join(LAST_RESORT)}"
-            )
-    tokens = tokens_per_step or source.run.tokens_per_step
-    if tokens < source.run.block_size:
-        raise GptfitError(
-            f"tokens per step {tokens} is less than one sequence of block_size {source.run.block_size}",
-            "take a multiple of block_size",
-        )
+    tokens = checked_tokens(source.run, tokens_per_step, allow)
     budget = Budget(profile.name, profile.total_bytes, reserve_bytes)
     given = under_program(source.run, source.program)
     as_given = estimate(given, source.program, profile, reserve_bytes)
-    kept = (source.user_keys | set(keep)) - {"batch_size", "gradient_accumulation_steps"}
     search = Search(under_program(source.run, "gptfit"), profile, budget, tokens)
-    notes: list[str] = []
-    found = search.run(options(source.run, kept, allow))
-    if not found:
-        found = search.run(options(source.run, frozenset(keep), tuple(LAST_RESORT)))
-        if found:
-            notes.append("nothing fits with the keys as given; some of them are changed, and marked")
+    found, notes = choices(search, source, allow, keep)
     best = found[0] if found else None
     chosen = best.estimate if best else None
-    if best is not None and best.run.tokens_per_step != tokens:
-        notes.append(f"tokens per step: {best.run.tokens_per_step:,} instead of {tokens:,}, the nearest to it")
     levers = tuple(effects(as_given, given, source.program, profile, reserve_bytes))
     return Plan(
         budget=budget,
@@ -160,6 +143,40 @@ def plan(
         levers=levers,
         notes=tuple(notes),
     )
+
+
+def checked_tokens(run: RunConfig, tokens_per_step: int | None, allow: Iterable[str]) -> int:
+    """Tokens of a step, those of `run` if not given. Raises as `plan` does."""
+    for name in allow:
+        if name not in LAST_RESORT and name not in LEVERS:
+            raise GptfitError(
+                f'unknown lever "{name}"{nearest(name, LAST_RESORT)}', f"levers: {', '.join(LAST_RESORT)}"
+            )
+    tokens = tokens_per_step or run.tokens_per_step
+    if tokens < run.block_size:
+        raise GptfitError(
+            f"tokens per step {tokens} is less than one sequence of block_size {run.block_size}",
+            "take a multiple of block_size",
+        )
+    return tokens
+
+
+def choices(
+    search: "Search", source: ConfigSource, allow: Sequence[str], keep: Sequence[str]
+) -> tuple[list[Candidate], list[str]]:
+    """What fits, best first, and what to say of it: keys that the user set change only where nothing fits else."""
+    kept = (source.user_keys | set(keep)) - {"batch_size", "gradient_accumulation_steps"}
+    notes: list[str] = []
+    found = search.run(options(source.run, kept, allow))
+    if not found:
+        found = search.run(options(source.run, frozenset(keep), tuple(LAST_RESORT)))
+        if found:
+            notes.append("nothing fits with the keys as given; some of them are changed, and marked")
+    if found and found[0].run.tokens_per_step != search.tokens:
+        notes.append(
+            f"tokens per step: {found[0].run.tokens_per_step:,} instead of {search.tokens:,}, the nearest to it"
+        )
+    return found, notes
 
 
 def smallest_change(as_given: Estimate, levers: Iterable[LeverEffect]) -> LeverEffect | None:
@@ -183,8 +200,11 @@ def options(run: RunConfig, kept: Iterable[str], allow: Sequence[str]) -> list[d
 class Search:
     """Every integer micro-batch of every combination. What fits is found by bisection, as memory grows with it."""
 
-    def __init__(self, run: RunConfig, profile: GpuProfile, budget: Budget, tokens: int) -> None:
+    def __init__(
+        self, run: RunConfig, profile: GpuProfile, budget: Budget, tokens: int, finalists: int = FINALISTS
+    ) -> None:
         self.base = run
+        self.finalists = finalists
         self.profile = profile
         self.tokens = tokens
         self.overhead_bytes = profile.context_bytes + CUBLAS_HANDLES * cublas_workspace_bytes(
@@ -215,9 +235,8 @@ class Search:
         while low < high:  # doubling first, as the answer is usually far below the largest
             middle = min(high, low + step)
             run = self.derived(combination, middle)
-            parts = pieces(run, "gptfit", whole=False)
-            flops_per_token = parts.flops_per_token
-            if steady_step(run, parts).peak().live_bytes + self.overhead_bytes <= self.usable_bytes:
+            live_bytes, flops_per_token = steady_peak(run)  # pyright: ignore[reportArgumentType]  pydantic: frozen is hashable
+            if live_bytes + self.overhead_bytes <= self.usable_bytes:
                 low, step = middle, step * 2
             else:
                 high, step = middle - 1, max(1, (middle - 1 - low) // 2)
@@ -237,7 +256,7 @@ class Search:
         limits: dict[tuple[object, ...], int] = {}
         for _, choice, run in ranked:
             kind = tuple(choice[key] for key in choice if key not in ("batch_size", "gradient_accumulation_steps"))
-            if len(found) >= FINALISTS:
+            if len(found) >= self.finalists:
                 break
             if run.batch_size > limits.get(kind, run.batch_size):
                 continue
@@ -249,6 +268,14 @@ class Search:
                 per_sequence = max(1, full.saved_for_backward_bytes // run.batch_size)
                 limits[kind] = run.batch_size - max(1, -margin // per_sequence)
         return found
+
+
+@lru_cache(maxsize=4096)
+def steady_peak(run: RunConfig) -> tuple[int, int]:
+    """Live bytes at the peak of a steady step and FLOPs a token. They are the same on every card: kept, as a search
+    over many cards asks for the same runs again and again."""
+    parts = pieces(run, "gptfit", whole=False)
+    return steady_step(run, parts).peak().live_bytes, parts.flops_per_token
 
 
 def split(run: RunConfig, micro_batch: int) -> dict[str, object]:
