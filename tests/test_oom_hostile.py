@@ -5,13 +5,15 @@ import dataclasses
 import random
 import re
 import time
+import tracemalloc
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptfit.errors import GptfitError
-from gptfit.oom.clean import clean_lines, printable, window
+from gptfit.logfile import read_log
+from gptfit.oom.clean import clean_lines, printable
 from gptfit.oom.read import OomFacts, read_paste
 from oom_pastes import LABELS, LAYOUTS, UNITS, labelled
 
@@ -163,12 +165,37 @@ def test_garbage_of_one_kind_takes_no_time(unit):
     assert time.process_time() - begin < 20
 
 
-def test_of_a_log_of_fifty_megabytes_a_part_is_read():
+LOSS_LINE = "2026-07-12 03:12:11,123 INFO step 100000 loss 3.21 gpu memory 11.2 GB lr 6e-4 dt 123.4ms shared\n"
+BAR = "step 100000/600000:  12%|█▏        | 100000/600000 [12:31<1:02:00,  1.32it/s, loss=3.21]\r"
+
+
+@pytest.mark.parametrize("place", [0, 0.5, 1])
+def test_of_a_log_of_fifty_megabytes_a_part_is_read(tmp_path, place):
     message = labelled("004-gpt-backward-quote").replace("> ", "")
-    line = "2026-07-12 03:12:11,123 INFO step 100000 loss 3.21 gpu memory 11.2 GB lr 6e-4 dt 123.4ms shared\n"
-    log = line * (25_000_000 // len(line)) + message + line * (25_000_000 // len(line))
+    lines = (LOSS_LINE + BAR) * 1000
+    blocks = 50_000_000 // len(lines.encode())
+    path = tmp_path / "train.log"
+    with path.open("w", encoding="utf-8") as file:
+        for block in range(blocks + 1):
+            file.write(message if block == int(place * blocks) else lines)
+    tracemalloc.start()
     begin = time.process_time()
-    assert len(window(log)) < 300_000
-    facts = read_paste(log)
+    text = read_log(str(path))
+    seconds, (_, peak_bytes) = time.process_time() - begin, tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert (len(text) < 300_000, peak_bytes < 100 << 20, seconds < 10) == (True, True, True)
+    facts = read_paste(text)
     assert (facts.kind, facts.tried_bytes, facts.phase) == ("cuda_caching_allocator", 1 << 30, "backward")
-    assert time.process_time() - begin < 20
+
+
+def test_a_figure_is_not_put_together_across_what_is_left_out():
+    filler = "x" * 7_000
+    text = "Tried to allocate 1." + filler * 60 + "54 GiB. GPU 0" + filler * 60
+    assert read_paste(text).tried_bytes is None
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "gb18030"])
+def test_a_log_is_read_in_the_encodings_that_shells_write(tmp_path, encoding):
+    path = tmp_path / "train.log"
+    path.write_bytes(("\0\0" * 300 + labelled("003-gpt-model_load-chinese")).encode(encoding))
+    assert read_paste(read_log(str(path))).kind == LABELS["003-gpt-model_load-chinese"]["kind"]

@@ -11,33 +11,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
+from gptfit.logfile import CHUNK, WHOLE, excerpt
 from gptfit.oom.prefixes import common_prefixes, strip_prefixes
 
-# Read whole up to here; of a longer text what stands around the words below.
-WHOLE = 300_000
-CHUNK = 1 << 20
-BEFORE, AFTER, HEAD, TAIL = 16_000, 6_000, 24_000, 48_000
 MAX_LINE = 4_000
-LOUD = (
-    "out of memory",
-    "outofmemory",
-    "tried to allocate",
-    "exceed allowed memory",
-    "alloc_failed",
-    "allocate memory",
-    "unable to allocate",
-    "memoryerror",
-    "oom-kill",
-    "oom_kill",
-    "killed",
-    "sigkill",
-    "bus error",
-    "shared memory",
-    "out of resource",
-    "bad_alloc",
-    "cuda error",
-    "cuda calloc",
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,28 +77,11 @@ _JSON_SKIP = frozenset(
 
 
 def window(text: str) -> str:
-    """The parts of a long text around what matters: its head, its end, the first and last hit of each word."""
+    """The parts of a long text that matter: see `gptfit.logfile.excerpt`."""
     if len(text) <= WHOLE:
         return text
-    first: dict[str, int] = {}
-    last: dict[str, int] = {}
-    for start in range(0, len(text), CHUNK):
-        low = text[start : start + CHUNK + 64].lower()
-        for word in LOUD:
-            at = low.find(word)
-            if at >= 0:
-                first.setdefault(word, start + at)
-                last[word] = start + low.rfind(word)
-    spans = [(0, HEAD), (len(text) - TAIL, len(text))]
-    for hits in (first, last):
-        spans += [(max(0, at - BEFORE), at + AFTER) for at in hits.values()]
-    merged: list[tuple[int, int]] = []
-    for start, end in sorted(spans):
-        if merged and start <= merged[-1][1]:
-            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
-        else:
-            merged.append((start, end))
-    return "\n".join(text[start:end] for start, end in merged)
+    pieces = (text[at : at + CHUNK].encode("utf-8", "replace") for at in range(0, len(text), CHUNK))
+    return excerpt(pieces).decode("utf-8", "replace")
 
 
 def clean_lines(text: str) -> list[Line]:
