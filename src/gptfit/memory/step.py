@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 from gptfit.config import RunConfig, derive
 from gptfit.memory import ops, optimizers
@@ -130,6 +131,18 @@ def steady_step(run: RunConfig, p: Pieces) -> Tape:
         items.append(Loop(run.micro_steps - 1, p.next_micro, numbered=False))
     items += [Mark("optimizer", "clip_grad_norm_"), *p.clip, Mark("optimizer", "step"), *p.step, *p.zero_grad]
     return Tape(items)
+
+
+def steady_peak(run: RunConfig, program: str) -> tuple[int, int]:
+    """Live bytes at the peak of a steady step, and FLOPs a token. They are the same on every card: kept, as a search
+    over many cards asks for the same runs again and again."""
+    return _steady_peak(run, program)  # pyright: ignore[reportArgumentType]  frozen models have a hash
+
+
+@lru_cache(maxsize=4096)
+def _steady_peak(run: RunConfig, program: str) -> tuple[int, int]:
+    parts = pieces(run, program, whole=False)
+    return steady_step(run, parts).peak().live_bytes, parts.flops_per_token
 
 
 def first_steps(run: RunConfig, p: Pieces, n_steps: int = 3, n_micro: int = 3) -> Tape:
