@@ -37,6 +37,7 @@ def run(command: str) -> str:
         contextlib.redirect_stderr(printed),
     ):
         patch.setenv("COLUMNS", "80")
+        patch.setenv("GPTFIT_PROFILES", os.devnull)
         patch.chdir(ROOT)
         with contextlib.suppress(SystemExit):
             main(shlex.split(command)[1:])

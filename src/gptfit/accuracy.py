@@ -13,7 +13,7 @@ from statistics import mean
 from gptfit.config import make_run
 from gptfit.errors import GptfitError
 from gptfit.estimate import Estimate, estimate
-from gptfit.gpus import load_gpu
+from gptfit.gpus import shipped_gpu
 from gptfit.units import MiB, parse_size
 
 ROWS = Path(__file__).parent / "measured" / "peaks.jsonl"
@@ -168,5 +168,5 @@ def predict(row: Mapping[str, object]) -> Estimate:
     if program not in ("nanogpt", "gptfit") or not isinstance(config, dict):
         raise GptfitError(f"the program {program} is not one that gptfit mirrors", "")
     defaults = {"loss": "full", "expandable_segments": False} if program == "nanogpt" else {}
-    profile = load_gpu(str(row["gpu"])) if row.get("gpu") else None
+    profile = shipped_gpu(str(row["gpu"])) if row.get("gpu") else None
     return estimate(make_run({**defaults, **config}), program, profile, parse_size(str(row.get("reserve", 0))))

@@ -254,6 +254,7 @@ def assumptions(run: RunConfig, program: str, profile: GpuProfile | None, reserv
             f"context and libraries outside the allocator: {format_bytes(UNKNOWN_CARD_CONTEXT_BYTES)}, no card named"
         )
     else:
-        lines.append(f"context and libraries outside the allocator: {format_bytes(profile.context_bytes)} on this card")
+        context = f"{format_bytes(profile.context_bytes)} {profile.context_source}"
+        lines.append(f"context and libraries outside the allocator: {context}")
         lines.append(f"others on the card hold {format_bytes(reserve_bytes)}")
     return tuple(lines)

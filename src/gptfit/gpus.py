@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, NoReturn
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from gptfit.errors import GptfitError, nearest
+from gptfit.overlay import Overlay, overlay_path, read_overlay
 from gptfit.spelling import Spelling, letters_of
 from gptfit.units import format_bytes, parse_size
 
@@ -18,6 +19,8 @@ PROFILES = Path(__file__).parent / "profiles"
 
 # "24GB" stands for 24,564 MiB, or for 23,034 where ECC takes its share; the next size up or down is 8 % or more away.
 SIZE_TOLERANCE = 0.075
+# A total as PyTorch sees it, as a share of the driver's: Linux shows 94 to 99 %, Windows all of it. Less is a slice.
+POSSIBLE_TOTALS = (0.85, 1.02)
 
 Bytes = Annotated[int, BeforeValidator(parse_size), Field(ge=0)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -44,6 +47,9 @@ class GpuProfile(BaseModel):
     driver_bytes   what the driver calls the total, less total_bytes: it keeps that for itself
     context_bytes  CUDA context, kernels and libraries of one training process, outside the caching allocator
     display_bytes  what a desktop on this card usually holds; 0 for cards that usually drive none
+
+    power_limit_watts is the whole card's, as its maker ships it; None where that is not one figure, as in laptops.
+    measured       what was measured on this machine's own card: its figures stand here in place of the profile's
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -65,8 +71,20 @@ class GpuProfile(BaseModel):
     display_bytes: Bytes
     flops: Flops
     bandwidth_bytes_per_second: Rate
+    power_limit_watts: Rate | None = None
     released: Annotated[int, Field(ge=2006, le=2100)]
     sources: dict[str, str]
+    measured: Overlay | None = None
+
+    @property
+    def speed_factor(self) -> float:
+        """How many times faster than predicted this machine's card is; 1 where nothing was measured."""
+        return self.measured.speed_factor if self.measured else 1.0
+
+    @property
+    def context_source(self) -> str:
+        """Where `context_bytes` is from, in the words of an assumption."""
+        return self.measured.source if self.measured else "on this card"
 
     @property
     def box_bytes(self) -> int:
@@ -80,12 +98,48 @@ def gpu_names() -> list[str]:
 
 
 def all_gpus() -> list[GpuProfile]:
-    """All profiles, by name. Reads every file: for lists and tests."""
+    """All profiles as shipped, by name. Reads every file: for lists and tests."""
     return [_profile(name) for name in gpu_names()]
 
 
 def load_gpu(name: str, box_bytes: int | None = None) -> GpuProfile:
-    """The profile that `name` means, as the driver, a shop or a person spells it.
+    """The profile that `name` means, with what was measured on this machine's own card, where that was done.
+
+    Raises GptfitError as `shipped_gpu`, and for a broken file of measurements.
+    """
+    return with_measured(shipped_gpu(name, box_bytes))
+
+
+def with_measured(profile: GpuProfile) -> GpuProfile:
+    """`profile` with the figures of this machine's overlay, if there is one. Raises GptfitError for a broken one."""
+    overlay = read_overlay(profile.name)
+    return profile if overlay is None else overlaid(profile, overlay, str(overlay_path(profile.name)))
+
+
+def overlaid(profile: GpuProfile, overlay: Overlay, file: str) -> GpuProfile:
+    """`profile` with the overlay's figures, each with its source. `file` opens the error line.
+
+    Raises GptfitError where the total is not that of such a card, as it is for a slice of one.
+    """
+    low, high = (round(share * profile.box_bytes) for share in POSSIBLE_TOTALS)
+    if not low <= overlay.total_bytes <= high:
+        raise GptfitError(
+            f"{file}: total_bytes is {format_bytes(overlay.total_bytes)}, but a {profile.title} has "
+            f"{format_bytes(profile.box_bytes)}",
+            "gptfit measure writes it anew; a slice of a card is not the card",
+        )
+    keys = [key for key in GpuProfile.model_fields if key.endswith("_bytes") and key in Overlay.model_fields]
+    source = f"{overlay.source}, {overlay.n_runs} runs, torch {overlay.torch}, driver {overlay.driver}"
+    sources = {key: f"{source}; the profile has {format_bytes(getattr(profile, key))}" for key in keys}
+    speed = {"speed_factor": f"{source}: predicted over measured seconds of a step"}
+    figures = {key: getattr(overlay, key) for key in keys}
+    return profile.model_copy(
+        update={**figures, "sources": {**profile.sources, **sources, **speed}, "measured": overlay}
+    )
+
+
+def shipped_gpu(name: str, box_bytes: int | None = None) -> GpuProfile:
+    """The profile that `name` means, as the driver, a shop or a person spells it; nothing of this machine is in it.
 
     `box_bytes` is the driver's total, where the driver was asked: it tells an RTX 3060 of 12 GB from one of 8 GB,
     which both call themselves NVIDIA GeForce RTX 3060, by the nearest size. A name that could mean cards that differ

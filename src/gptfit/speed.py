@@ -121,11 +121,13 @@ class StepTime:
 def predict(run: RunConfig, profile: GpuProfile, flops_per_token: int, program: str = "gptfit") -> Speed:
     """The speed of `run` on `profile` under that program; `flops_per_token` as in the estimate (forward and backward,
     nothing recomputed). n_gpus cards are taken to be alike and in one machine."""
-    seconds = step_time(run, profile, flops_per_token, program, CONSTANTS).seconds
+    seconds = step_time(run, profile, flops_per_token, program, CONSTANTS).seconds / profile.speed_factor
     tokens_per_second = run.tokens_per_step / seconds
     peak = dense_peak(run.dtype, profile)
     like_rows = run.compile and run.dtype == "bfloat16" and run.n_gpus == 1 and float(profile.compute_capability) >= 8.0
     factor, source = (LIKE_ROWS_FACTOR, LIKE_ROWS_SOURCE) if like_rows else (OTHER_FACTOR, OTHER_SOURCE)
+    if profile.measured is not None:
+        source += f"; times {profile.speed_factor:.2f}, {profile.measured.source}"
     return Speed(
         tokens_per_second=tokens_per_second,
         seconds_per_step=seconds,

@@ -196,7 +196,7 @@ def assumptions(loop: Loop, context_bytes: int, profile: GpuProfile | None, rese
         f"reserved is a replay of the first steps through the caching allocator, expandable segments "
         f"{'on' if run.expandable_segments else 'off'}"
     )
-    card = "on this card" if profile else "no card named"
+    card = profile.context_source if profile else "no card named"
     lines.append(f"context and libraries outside the allocator: {format_bytes(context_bytes)}, {card}")
     if profile is not None:
         lines.append(f"others on the card hold {format_bytes(reserve_bytes)}")
