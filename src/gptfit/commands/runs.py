@@ -83,3 +83,19 @@ def data_prepare(
     from gptfit.report.output import show
 
     show(prepared_view(prepare(sources, tokenizer, out, val_fraction)))
+
+
+@app.command()
+def export(
+    out: Out = "out",
+    to: Annotated[
+        Path | None, typer.Option("--to", metavar="DIR", help="Where to write; a folder in the run's if not given.")
+    ] = None,
+    format: Annotated[str, typer.Option("--format", metavar="NAME", help="hf or nanogpt.")] = "hf",
+) -> None:
+    """The newest checkpoint of a run, for Hugging Face transformers or nanoGPT."""
+    from gptfit.export import export as write_export
+    from gptfit.report.output import write
+
+    answer = write_export(out, to, format)
+    write(f"{answer.model}, step {answer.step}\n" + "".join(f"{path}\n" for path in answer.files))

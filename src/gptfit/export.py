@@ -1,0 +1,118 @@
+"""Checkpoints for other programs: Hugging Face's transformers, and nanoGPT."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gptfit.checkpoint import Checkpoint, latest_valid
+from gptfit.errors import GptfitError, nearest
+from gptfit.huggingface_weights import to_huggingface
+from gptfit.nanogpt_file import OTHER_TRAIN_PY, TRAIN_PY
+from gptfit.replacing import replacing
+from gptfit.tokenizer import get_tokenizer
+
+FORMATS = ("hf", "nanogpt")
+
+# What nanoGPT's model.py can be, beside its model_args.
+NANOGPT_MODEL = {
+    "norm": "layernorm",
+    "mlp": "gelu",
+    "position": "learned",
+    "tie_embeddings": True,
+    "qk_norm": False,
+    "logit_softcap": 0.0,
+}
+MODEL_ARGS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """What was written, and from which step."""
+
+    files: tuple[Path, ...]
+    step: int
+    model: str
+
+
+def export(out_dir: Path | str, to: Path | str | None = None, format: str = "hf") -> Exported:
+    """Writes the newest checkpoint of a run's folder into the folder `to` (else `out_dir`/`format`).
+
+    hf: config.json and model.safetensors, which transformers loads; nanogpt: ckpt.pt, which nanoGPT's sample.py
+    and train.py take. Raises GptfitError where there is no checkpoint, for a model that the form cannot
+    express, for an unknown form, and where nothing can be written.
+    """
+    if format not in FORMATS:
+        raise GptfitError(f'unknown format "{format}"{nearest(format, FORMATS, 1)}', f"formats: {', '.join(FORMATS)}")
+    found = latest_valid(Path(out_dir))
+    if found is None:
+        raise GptfitError(f'there is no checkpoint in "{out_dir}"', "give the --out folder of a gptfit train")
+    folder = Path(to) if to is not None else Path(out_dir) / format
+    writer = _write_huggingface if format == "hf" else _write_nanogpt
+    files, model = writer(found.checkpoint, folder)
+    return Exported(files, found.checkpoint.step, model)
+
+
+def _write_huggingface(checkpoint: Checkpoint, folder: Path) -> tuple[tuple[Path, ...], str]:
+    import safetensors
+    from safetensors.torch import save_file
+
+    config, tensors = to_huggingface(checkpoint.run, checkpoint.model)
+    config["eos_token_id"] = config["bos_token_id"] = _end_of_text(checkpoint)
+    _make(folder)
+    weights, description = folder / "model.safetensors", folder / "config.json"
+    with replacing(weights) as file:
+        try:
+            # Without this word transformers refuses the file.
+            save_file(tensors, file.name, metadata={"format": "pt"})
+        except safetensors.SafetensorError as error:  # pyright: ignore[reportAttributeAccessIssue]
+            raise GptfitError(f'cannot write "{weights}": {error}', "free some space, or give another --to") from None
+    with replacing(description) as file:
+        file.write((json.dumps(config, indent=2) + "\n").encode())
+    return (weights, description), config["architectures"][0]
+
+
+def _write_nanogpt(checkpoint: Checkpoint, folder: Path) -> tuple[tuple[Path, ...], str]:
+    run = checkpoint.run
+    wanted = {**NANOGPT_MODEL, "n_kv_head": run.n_head, "n_hidden": 4 * run.n_embd}
+    for key, value in wanted.items():
+        if getattr(run, key) != value:
+            raise GptfitError(
+                f"{key}={getattr(run, key)} has no form in nanoGPT, whose model has {key}={value}",
+                "--format hf may have one",
+            )
+    known = {key: getattr(run, key) for key in (*TRAIN_PY, *OTHER_TRAIN_PY) if hasattr(run, key)}
+    plain: dict[str, Any] = {
+        "model_args": {key: getattr(run, key) for key in MODEL_ARGS},
+        "model": dict(checkpoint.model),
+        "iter_num": checkpoint.step,
+        "best_val_loss": torch.tensor(1e9),  # nanoGPT's own start: not known here
+        "config": {**OTHER_TRAIN_PY, **known},
+    }
+    if run.optimizer == "adamw":
+        # Both group matrices and vectors, in the order of the model: its train.py goes on with these states.
+        plain["optimizer"] = dict(checkpoint.optimizer)
+    _make(folder)
+    path = folder / "ckpt.pt"
+    with replacing(path) as file:
+        torch.save(plain, file)
+    return (path,), "nanoGPT"
+
+
+def _end_of_text(checkpoint: Checkpoint) -> int | None:
+    """The tokenizer's, where it is here and the model has a row for it."""
+    try:
+        token = get_tokenizer(checkpoint.tokenizer).end_of_text
+    except GptfitError:
+        return None
+    return token if token is not None and token < checkpoint.run.vocab_size else None
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise GptfitError(f'cannot make the folder "{folder}": {reason}', "give another --to") from None
