@@ -40,6 +40,27 @@ Config = Annotated[
     str | None, typer.Option("--config", metavar="CONFIG", help="The config of that run.", show_default=False)
 ]
 Out = Annotated[str, typer.Option("--out", metavar="DIR", help="The run's folder.")]
+Cards = Annotated[
+    str | None,
+    typer.Option(
+        "--gpu",
+        metavar="NAME",
+        help="The card, or several: rtx4070,l4 or all; auto asks the driver.",
+        show_default=False,
+    ),
+]
+Tokens = Annotated[
+    str | None,
+    typer.Option("--tokens", metavar="N", help="Say how long until so many tokens, as 10B.", show_default=False),
+]
+Price = Annotated[
+    str | None,
+    typer.Option("--price", metavar="P", help="Money for a card and hour: what the tokens cost.", show_default=False),
+]
+PricePerKwh = Annotated[
+    str | None,
+    typer.Option("--price-per-kwh", metavar="P", help="Money for a kWh: what their energy costs.", show_default=False),
+]
 TokensPerStep = Annotated[
     int | None,
     typer.Option("--tokens-per-step", metavar="N", min=1, help="Tokens of one optimizer step.", show_default=False),
@@ -74,6 +95,7 @@ Device = Annotated[
     str,
     typer.Option("--device", metavar="NAME", help="cuda, cuda:1 or cpu; the best if not given.", show_default=False),
 ]
+
 
 PROGRAMS = ("gptfit", "nanogpt")
 
@@ -128,3 +150,9 @@ def program_of(program: str | None, source: "ConfigSource | None" = None) -> str
     if program not in PROGRAMS:
         raise GptfitError(f'unknown program "{program[:60]}"{nearest(program[:60], PROGRAMS)}', "gptfit or nanogpt")
     return program
+
+
+def refuse_save(save: str | None) -> None:
+    """Raises GptfitError for a --save beside several cards: there is no one run to write."""
+    if save is not None:
+        raise GptfitError("--save writes the run of one card", "name that card alone: --gpu rtx4070")

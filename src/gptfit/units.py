@@ -1,4 +1,4 @@
-"""Bytes in, text out, and back. The only place where MiB and GiB are made or read."""
+"""Bytes in, text out, and back: the only place where MiB and GiB are made or read. Tokens, prices and time too."""
 
 import re
 
@@ -11,6 +11,11 @@ TiB = 1 << 40
 
 _UNITS = {"b": 1, "byte": 1, "bytes": 1, "kib": KiB, "mib": MiB, "gib": GiB, "tib": TiB}
 _SIZE = re.compile(r"^(-?[0-9]{1,20}(?:\.[0-9]{0,12})?)\s*([A-Za-z]*)$")
+
+_POWERS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
+_COUNT = re.compile(r"^([0-9]{1,20})(?:\.([0-9]{1,12}))?(?:[eE]\+?([0-9]{1,2}))?([kKmMbBtT]?)$")
+MAX_COUNT = 10**18
+_PRICE = re.compile(r"^[0-9]{1,9}(?:\.[0-9]{1,9})?$")
 
 
 def format_bytes(n_bytes: int) -> str:
@@ -42,3 +47,53 @@ def parse_size(text: str | int) -> int:
     if number.startswith("-"):
         raise GptfitError(f'the size "{text}" is negative', "memory is counted from 0 upwards")
     return round(float(number) * _UNITS[unit.lower()]) if unit or "." in number else int(number)
+
+
+def parse_count(text: str) -> int:
+    """Tokens of `10B`, `10M`, `300e9`, `1_000_000` or `524288`: k, M, B and T are powers of 1000.
+
+    Raises GptfitError for anything else, for 0, and for what is no whole number.
+    """
+    hint = "write it as 10B, 300e9 or 524288"
+    match = _COUNT.match(text.strip().replace("_", ""))
+    if match is None:
+        raise GptfitError(f'cannot read "{_printable(text)}" as a number of tokens', hint)
+    whole, fraction, exponent, unit = match.groups(default="")
+    scaled = int(whole + fraction) * 10 ** int(exponent or 0) * _POWERS[unit.lower()]
+    count, rest = divmod(scaled, 10 ** len(fraction))
+    if rest or not 1 <= count <= MAX_COUNT:
+        raise GptfitError(f'"{_printable(text)}": expected a whole number of tokens from 1 to {MAX_COUNT:.0e}', hint)
+    return count
+
+
+def parse_price(text: str) -> float:
+    """`0.40`, in whatever money it is. Raises GptfitError for anything else."""
+    if _PRICE.match(text.strip()) is None:
+        raise GptfitError(f'cannot read the price "{_printable(text)}"', "write a number alone, as 0.40")
+    return float(text)
+
+
+def format_count(count: int) -> str:
+    """`10B`, `1.5M`, and in full what is no round number of these: `491,520`."""
+    for unit in ("T", "B", "M"):
+        power = _POWERS[unit.lower()]
+        if count >= power and count % (power // 1000) == 0:
+            return f"{count / power:,.3f}".rstrip("0").rstrip(".") + unit
+    return f"{count:,}"
+
+
+def format_time(seconds: float, *others: float) -> tuple[str, ...]:
+    """Lengths of time in the unit that a person would plan the first in: `40 minutes`, `31 hours`, `6.4 days`."""
+    units = ((86400, "days"), (3600, "hours"), (60, "minutes"))
+    unit, name = next(((unit, name) for unit, name in units if seconds >= 2 * unit), (1, "seconds"))
+    return tuple(f"{significant(length / unit)} {name}" for length in (seconds, *others))
+
+
+def significant(number: float) -> str:
+    """Two digits below 100, and no false precision above: `0.40`, `6.4`, `31`, `1,204`."""
+    digits = 0 if number >= 10 else 1 if number >= 1 else 2
+    return f"{number:,.{digits}f}"
+
+
+def _printable(text: str) -> str:
+    return "".join(letter if letter.isprintable() else "?" for letter in text[:60])

@@ -9,19 +9,24 @@ from gptfit.options import (
     WORDS,
     YES,
     Allow,
+    Cards,
     Config,
     Gpu,
     Json,
     Keep,
+    Price,
+    PricePerKwh,
     Program,
     Reserve,
     Save,
     Snapshot,
+    Tokens,
     TokensPerStep,
     Verbose,
     Words,
     asked_for,
     program_of,
+    refuse_save,
 )
 
 app = typer.Typer()
@@ -31,35 +36,64 @@ app = typer.Typer()
 def plan(
     context: typer.Context,
     words: Words = None,
-    gpu: Gpu = None,
+    gpu: Cards = None,
     tokens_per_step: TokensPerStep = None,
     allow: Allow = None,
     keep: Keep = None,
     program: Program = None,
     reserve: Reserve = None,
+    tokens: Tokens = None,
+    price: Price = None,
+    price_per_kwh: PricePerKwh = None,
     save: Save = None,
     json: Json = False,
     verbose: Verbose = False,
 ) -> int:
-    """The best run that fits the card: what to change, and how fast it will be."""
+    """The best run that fits the card: what to change, and how fast it will be.
+
+    Of several cards (--gpu rtx4070,l4 or --gpu all) it says which fit, best first.
+    """
     from gptfit.card import need_card
     from gptfit.door import read_config
     from gptfit.plan import plan as make_plan
     from gptfit.report.output import respond
     from gptfit.report.plans import after_plan, plan_view
+    from gptfit.report.target import target_view
     from gptfit.report.terminal import notes_view
+    from gptfit.shortlist import several
+    from gptfit.target import reach, read_goal
 
     asked = asked_for(context, words)
     source = read_config(asked.config, asked.overrides)
     source = replace(source, program=program_of(program, source))
+    goal = read_goal(tokens, price, price_per_kwh)
+    names = several(gpu)
+    if names is not None:
+        from gptfit.report.shortlist import after_shortlist, shortlist_view
+        from gptfit.shortlist import find_cards, shortlist
+
+        refuse_save(save)
+        cards = find_cards(names, reserve)
+        listed = shortlist(source, cards, tokens_per_step, allow or (), keep or (), goal)
+        view = shortlist_view(listed, source.run, verbose), notes_view(source, None, verbose)
+        respond(json, listed.to_json, *view, after_shortlist(listed, source, asked))
+        return YES if listed.verdict == "fits" else NO
     card = need_card(gpu, reserve, "plan")
     answer = make_plan(source, card.profile, card.reserve_bytes, tokens_per_step, allow or (), keep or ())
     if save is not None and answer.run is not None:
         from gptfit.door import save_run
 
         save_run(answer.run, save, asked.gptfit("plan", {}, "--gpu", card.profile.name))
-    view = plan_view(answer, verbose), notes_view(source, card, verbose), after_plan(answer, source, asked, save)
-    respond(json, answer.to_json, *view)
+    target = None
+    if goal is not None and answer.run is not None and answer.speed is not None:
+        target = reach(goal, answer.speed, card.profile, answer.run.n_gpus)
+    view = plan_view(answer, verbose), target_view(target), notes_view(source, card, verbose)
+    respond(
+        json,
+        lambda: {**answer.to_json(), "to_tokens": target.to_json() if target else None},
+        *view,
+        after_plan(answer, source, asked, save),
+    )
     return YES if answer.verdict == "fits" else NO
 
 

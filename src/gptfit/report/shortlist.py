@@ -1,0 +1,134 @@
+"""Several cards for one run at the terminal: how many fit and which is best, then a row for each."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from rich.console import RenderableType
+from rich.text import Text
+
+from gptfit.asked import Asked
+from gptfit.config import RunConfig
+from gptfit.door import ConfigSource
+from gptfit.plan import LAST_RESORT
+from gptfit.report.target import DAY, has_price, money, target_line
+from gptfit.report.terminal import QUIET, commands, headline, table, title
+from gptfit.shortlist import CardPlan, Shortlist
+from gptfit.units import format_bytes, significant
+
+# Rows of each table: what fits on a screen, so that the first line stays in sight.
+MAX_CARDS = 15
+
+# How the keys that a search changes are called in a narrow column.
+WORDS = {
+    ("compile", True): "compiled",
+    ("compile", False): "eager",
+    ("loss", "full"): "full loss",
+    ("loss", "chunked"): "chunked loss",
+    ("activation_checkpointing", "block"): "checkpointed",
+    ("activation_checkpointing", "none"): "no checkpoints",
+    ("optimizer_impl", "fused"): "fused",
+    ("param_dtype", "bfloat16"): "bf16 params",
+}
+
+
+def shortlist_view(answer: Shortlist, run: RunConfig, verbose: bool = False) -> Iterator[RenderableType]:
+    """`run` is the one as given: levers are the keys in which a choice differs from it."""
+    fitting = answer.fitting
+    failing = answer.cards[len(fitting) :]
+    yield headline(answer.verdict, headline_text(answer))
+    if fitting:
+        best, least = fitting[0], smallest_of(fitting)
+        if least is not best:
+            yield Text(f"The smallest that does: {least.name}, {usable_text(least)} usable.")
+        if best.target is not None:
+            yield Text(target_line(best.target, best.name))
+        yield Text("")
+        yield from rows_view(fitting, run, verbose)
+    if failing:
+        yield title("Too small, with the least that one sequence at a time needs")
+        shown = failing if verbose else failing[:MAX_CARDS]
+        rows = [
+            (
+                plan.name,
+                usable_text(plan),
+                format_bytes(plan.estimate.process_bytes),
+                format_bytes(plan.missing_bytes),
+            )
+            for plan in shown
+        ]
+        yield table(("card", "usable", "needed", "missing"), rows, right=("usable", "needed", "missing"))
+        yield from left_out(len(failing) - len(shown))
+
+
+def smallest_of(fitting: Sequence[CardPlan]) -> CardPlan:
+    """The one with least usable memory, of those that keep the numbers of training if there are any."""
+    exact = [plan for plan in fitting if not plan.changes_numerics]
+    return min(exact or fitting, key=lambda plan: plan.usable_bytes)
+
+
+def headline_text(answer: Shortlist) -> str:
+    n_cards, fitting = len(answer.cards), answer.fitting
+    if not fitting:
+        nearest = min(answer.cards, key=lambda plan: plan.missing_bytes)
+        return f"none of {n_cards} cards; the nearest is {nearest.name}, short by {format_bytes(nearest.missing_bytes)}"
+    best, n_changed = fitting[0], sum(plan.changes_numerics for plan in fitting)
+    only = f", {n_changed} only with *" if n_changed else ""
+    return f"{len(fitting)} of {n_cards} cards{only}; fastest: {best.name}, {best.tokens_per_second:,.0f} tokens/s"
+
+
+def rows_view(fitting: Sequence[CardPlan], run: RunConfig, verbose: bool) -> Iterator[RenderableType]:
+    shown = fitting if verbose else fitting[:MAX_CARDS]
+    columns = ["card", "batch", "changed", "tokens/s", "from – to"]
+    if (target := shown[0].target) is not None:
+        columns += ["days", "cost"] if has_price(target.goal) else ["days"]
+    rows = [row(plan, run) for plan in shown]
+    yield table(columns, rows, right=("batch", "tokens/s", "from – to", "days", "cost"))
+    yield from left_out(len(fitting) - len(shown))
+    text = "  batch: micro-batch × accumulation; speeds whose from – to overlap are hardly told apart"
+    yield Text(text, style=QUIET)
+    if any(plan.changes_numerics for plan in shown):
+        yield Text("  * changes the numbers of training, not only its memory", style=QUIET)
+
+
+def row(plan: CardPlan, run: RunConfig) -> tuple[str, ...]:
+    speed = plan.estimate.speed
+    batch = f"{plan.choice['batch_size']} × {plan.choice['gradient_accumulation_steps']}"
+    cells = [plan.name, batch, levers_text(plan.choice, run), f"{plan.tokens_per_second:,.0f}"]
+    cells.append(f"{short(speed.low)} – {short(speed.high)}" if speed else "")
+    if (target := plan.target) is not None:
+        cells.append(significant(target.seconds / DAY))
+        if has_price(target.goal):
+            cells.append("–" if target.cost is None else money(target.cost))
+    return tuple(cells)
+
+
+def levers_text(choice: Mapping[str, object], run: RunConfig) -> str:
+    """What differs from the run as given, but for the micro-batch, in few words."""
+    split = ("batch_size", "gradient_accumulation_steps")
+    changed = {key: value for key, value in choice.items() if key not in split and getattr(run, key) != value}
+    words = [
+        WORDS.get((key, value), f"{value}") + ("*" if key in LAST_RESORT else "") for key, value in changed.items()
+    ]
+    return ", ".join(words) or "–"
+
+
+def usable_text(plan: CardPlan) -> str:
+    return format_bytes(plan.usable_bytes)
+
+
+def short(rate: float) -> str:
+    """Two to three digits and k or M: the ends of an interval are no more exact."""
+    for power, unit in ((1e6, "M"), (1e3, "k")):
+        if rate >= power:
+            return f"{rate / power:.2g}{unit}" if rate < 100 * power else f"{rate / power:.0f}{unit}"
+    return f"{rate:.0f}"
+
+
+def left_out(n_cards: int) -> Iterator[RenderableType]:
+    if n_cards > 0:
+        yield Text(f"  {n_cards} more; -v lists them", style=QUIET)
+
+
+def after_shortlist(answer: Shortlist, source: ConfigSource, asked: Asked) -> Iterator[RenderableType]:
+    """The whole plan of the best card."""
+    if answer.fitting:
+        yield from commands((asked.gptfit("plan", {}, "--gpu", answer.fitting[0].name),))

@@ -1,0 +1,159 @@
+"""Several cards beside one another for one run: which of them fit, with what choice, and how fast they are."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from gptfit.card import Card, need_card
+from gptfit.door import ConfigSource
+from gptfit.errors import GptfitError
+from gptfit.estimate import Budget, Estimate, estimate, speed_json, under_program
+from gptfit.gpus import gpu_names
+from gptfit.memory.step import steady_peak
+from gptfit.plan import LAST_RESORT, Search, checked_tokens, choices, options, split
+from gptfit.target import Goal, Target, reach
+
+
+@dataclass(frozen=True, slots=True)
+class CardPlan:
+    """The best run on one card; where none fits, the smallest one, whose margin is then negative."""
+
+    card: Card
+    choice: Mapping[str, object]
+    estimate: Estimate
+    changes_numerics: bool
+    target: Target | None
+    notes: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return self.card.profile.name
+
+    @property
+    def fits(self) -> bool:
+        return self.estimate.verdict == "fits"
+
+    @property
+    def usable_bytes(self) -> int:
+        return self.card.profile.total_bytes - self.card.reserve_bytes
+
+    @property
+    def missing_bytes(self) -> int:
+        """What the smallest run lacks on this card; 0 where one fits."""
+        return max(0, -(self.estimate.margin_bytes or 0))
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.estimate.speed.tokens_per_second if self.estimate.speed else 0.0
+
+    def to_json(self) -> dict[str, object]:
+        need = self.estimate
+        return {
+            "gpu": need.budget.to_json() if need.budget else None,
+            "verdict": need.verdict,
+            "margin_bytes": need.margin_bytes,
+            "missing_bytes": self.missing_bytes,
+            "choice": dict(self.choice) if self.fits else None,
+            "smallest": None if self.fits else dict(self.choice),
+            "changes_numerics": self.changes_numerics,
+            "peak": {
+                "live_bytes": need.live_bytes,
+                "allocated_bytes": need.allocated_bytes,
+                "reserved_bytes": need.reserved_bytes,
+                "process_bytes": need.process_bytes,
+            },
+            "speed": speed_json(need.speed) if need.speed and self.fits else None,
+            "to_tokens": self.target.to_json() if self.target else None,
+            "notes": list(self.notes),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Shortlist:
+    """Cards, best first: those that fit by speed, before those that fit only with other numerics; then what lacks
+    least."""
+
+    tokens_per_step: int
+    cards: tuple[CardPlan, ...]
+
+    @property
+    def fitting(self) -> tuple[CardPlan, ...]:
+        return tuple(card for card in self.cards if card.fits)
+
+    @property
+    def verdict(self) -> str:
+        return "fits" if self.fitting else "does_not_fit"
+
+    def to_json(self) -> dict[str, object]:
+        return {
+            "schema": "gptfit.cards/1",
+            "verdict": self.verdict,
+            "tokens_per_step": self.tokens_per_step,
+            "cards": [card.to_json() for card in self.cards],
+        }
+
+
+def several(gpu: str | None) -> list[str] | None:
+    """The names in `rtx4070,l4`, or every profile's for `all`; None for a single card or none.
+
+    Raises GptfitError for a list without a name.
+    """
+    if gpu is None or ("," not in gpu and gpu.strip().lower() != "all"):
+        return None
+    if gpu.strip().lower() == "all":
+        return gpu_names()
+    names = [name.strip() for name in gpu.split(",") if name.strip()]
+    if not names:
+        raise GptfitError(f'--gpu "{gpu[:60]}" names no card', "write it as --gpu rtx4070,l4, or --gpu all")
+    return names
+
+
+def find_cards(names: Iterable[str], reserve: str | None) -> list[Card]:
+    """Each card once, with `reserve` on all of them. Raises GptfitError for a name that is none."""
+    cards: dict[str, Card] = {}
+    for name in names:
+        card = need_card(name, reserve, "plan")
+        cards.setdefault(card.profile.name, card)
+    return list(cards.values())
+
+
+def shortlist(
+    source: ConfigSource,
+    cards: Sequence[Card],
+    tokens_per_step: int | None = None,
+    allow: Sequence[str] = (),
+    keep: Sequence[str] = (),
+    goal: Goal | None = None,
+) -> Shortlist:
+    """The choice on each card is `plan`'s. Raises GptfitError as `plan` does."""
+    tokens = checked_tokens(source.run, tokens_per_step, allow)
+    found = [plan_card(source, card, tokens, allow, keep, goal) for card in cards]
+    found.sort(key=lambda plan: (plan.missing_bytes, plan.fits and plan.changes_numerics, -plan.tokens_per_second))
+    return Shortlist(tokens, tuple(found))
+
+
+def plan_card(
+    source: ConfigSource, card: Card, tokens: int, allow: Sequence[str], keep: Sequence[str], goal: Goal | None
+) -> CardPlan:
+    profile = card.profile
+    budget = Budget(profile.name, profile.total_bytes, card.reserve_bytes)
+    search = Search(under_program(source.run, "gptfit"), profile, budget, tokens, finalists=1)
+    found, notes = choices(search, source, allow, keep)
+    if found:
+        choice, chosen = found[0].choice, found[0].estimate
+    else:
+        choice, chosen = smallest(search, source, card, keep)
+    target = None
+    if goal is not None and found and chosen.speed is not None:
+        target = reach(goal, chosen.speed, profile, found[0].run.n_gpus)
+    changed = any(choice.get(key, getattr(source.run, key)) != getattr(source.run, key) for key in LAST_RESORT)
+    return CardPlan(card, choice, chosen, changed, target, (*notes, *card.notes))
+
+
+def smallest(
+    search: Search, source: ConfigSource, card: Card, keep: Iterable[str]
+) -> tuple[Mapping[str, object], Estimate]:
+    """Of everything that may be chosen, one sequence at a time, what needs least."""
+    combinations = options(source.run, frozenset(keep), tuple(LAST_RESORT))
+    combination = min(combinations, key=lambda choice: steady_peak(search.derived(choice, 1), "gptfit")[0])
+    run = search.derived(combination, 1)
+    return {**combination, **split(run, 1)}, estimate(run, "gptfit", card.profile, card.reserve_bytes)
