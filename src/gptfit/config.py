@@ -91,6 +91,7 @@ class RunConfig(ModelConfig):
     checkpoint_interval: int = Field(default_factory=lambda data: data.get("eval_interval", 2000) or 2000, ge=0)
     log_interval: int = Field(1, ge=1)
     seed: int = 1337
+    init_from: str = Field("scratch", max_length=4096)
 
     dataset: str = ""
     tokenizer: str = ""

@@ -3,6 +3,7 @@
 Facts are of nanoGPT's train.py and model.py, https://github.com/karpathy/nanoGPT
 """
 
+import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 from gptfit.config import NANOGPT, RunConfig, check_key, shown
 from gptfit.errors import GptfitError, nearest
 from gptfit.flatfile import read_text
+from gptfit.huggingface_file import parse_huggingface
 
 # train.py's own values where a config says nothing (vocab_size: its fallback without a meta.pkl).
 TRAIN_PY = {
@@ -135,7 +137,7 @@ def implied(other: Mapping[str, Any], values: Mapping[str, Any], program: str) -
 
     Raises GptfitError for an init_from of GPT-2 in a size that does not exist.
     """
-    start = other.get("init_from", "scratch")
+    start = values.get("init_from", other.get("init_from", "scratch"))
     notes: list[str] = []
     if other.get("eval_only") is True:
         notes.append("eval_only is set; the answer is for a training step of the same run")
@@ -143,7 +145,11 @@ def implied(other: Mapping[str, Any], values: Mapping[str, Any], program: str) -
         notes.append("init_from would have to be executed to know; the model is taken to start from scratch")
     if start == "resume":
         notes.append("init_from is resume: the model's shape is taken from the config, not from the checkpoint")
-    if isinstance(start, str) and start.startswith("gpt2"):
+    if isinstance(start, str) and os.path.isfile(file := os.path.join(start, "config.json")):
+        shape = parse_huggingface(read_text(Path(file)), file).values
+        notes.append(f"init_from {start}: its shape")
+        return {key: value for key, value in shape.items() if key not in values}, notes
+    if isinstance(start, str) and start.startswith("gpt2") and not os.path.exists(start):
         if start not in PRETRAINED:
             raise GptfitError(
                 f'unknown init_from "{shown(start)}"{nearest(start, PRETRAINED)}',

@@ -25,6 +25,7 @@ from gptfit.data import TRAIN, VAL, Dataset, load_batch, open_dataset, sequence_
 from gptfit.device import adapt, held_memory, pick_device, release_cached, reset_peaks, set_expandable_segments, start
 from gptfit.errors import GptfitError
 from gptfit.events import Event, Finished, Listener, Measured, Note, Saved, Started, Stepped
+from gptfit.init_from import start_weights
 from gptfit.model import GPT, compile_model
 from gptfit.optim import Stepper, build_optimizer, learning_rate_at, load_state, set_learning_rate
 from gptfit.replacing import replacing
@@ -133,6 +134,8 @@ def _set_up(
     found = _find_checkpoint(out, run, resume)
     start(device, run.seed)
     model = GPT(run).to(device)
+    if found is None:
+        notes += start_weights(model, run)
     optimizer = build_optimizer(model, run)
     scaler = torch.amp.GradScaler(device.type, enabled=run.dtype == "float16")
     session = Session(run, device, data, model, optimizer, scaler, emit)
