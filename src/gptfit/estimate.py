@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from gptfit.config import RunConfig, derive
 from gptfit.errors import GptfitError
 from gptfit.gpus import GpuProfile
+from gptfit.interval import Interval, process_interval
 from gptfit.memory import compiled
 from gptfit.memory.overhead import CUBLAS_HANDLES, UNKNOWN_CARD_CONTEXT_BYTES, cublas_workspace_bytes
 from gptfit.memory.reserve import replay_run
@@ -57,6 +58,7 @@ class Needs:
     live_bytes: int
     reserved_bytes: int
     process_bytes: int
+    interval: Interval
     phase: str
     op: str
     tensors: tuple[TensorRow, ...]
@@ -78,6 +80,14 @@ class Needs:
         margin = self.margin_bytes
         return None if margin is None else "fits" if margin >= 0 else "does_not_fit"
 
+    @property
+    def certain(self) -> bool | None:
+        """Whether the verdict is the same at both ends of the interval; None without a card."""
+        if self.budget is None:
+            return None
+        usable_bytes = self.budget.usable_bytes
+        return not self.interval.low_bytes <= usable_bytes < self.interval.high_bytes
+
     def breakdown(self) -> list[tuple[str, int]]:
         """Bytes by category at the peak, largest first; sums to `allocated_bytes`."""
         totals: dict[str, int] = {}
@@ -90,6 +100,8 @@ class Needs:
         return {
             "verdict": self.verdict,
             "margin_bytes": self.margin_bytes,
+            "certain": self.certain,
+            "interval": self.interval.to_json(),
             "gpu": self.budget.to_json() if self.budget else None,
             "n_params": self.n_params,
             "peak": {
@@ -154,11 +166,16 @@ def speed_json(speed: Speed) -> dict[str, object]:
 
 
 def estimate(
-    run: RunConfig, program: str = "gptfit", profile: GpuProfile | None = None, reserve_bytes: int = 0
+    run: RunConfig,
+    program: str = "gptfit",
+    profile: GpuProfile | None = None,
+    reserve_bytes: int = 0,
+    risk: float | None = None,
 ) -> Estimate:
     """The memory of exactly that run under that program, and whether it fits `profile` beside `reserve_bytes`.
 
-    Raises GptfitError for an unknown program or what it cannot do.
+    `risk` is the chance that it needs more than its interval says. Raises GptfitError for an unknown program or what it
+    cannot do, and for a risk that is none.
     """
     run = under_program(run, program)
     parts = pieces(run, program)
@@ -179,6 +196,7 @@ def estimate(
         live_bytes=peak.live_bytes,
         reserved_bytes=replayed.reserved_bytes,
         process_bytes=replayed.reserved_bytes + context_bytes,
+        interval=process_interval("compiled" if run.compile else "eager", replayed.reserved_bytes, profile, risk),
         phase=peak.phase,
         op=peak.op,
         tensors=rows,

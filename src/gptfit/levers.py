@@ -27,12 +27,14 @@ class Lever:
 
 @dataclass(frozen=True, slots=True)
 class LeverEffect:
-    """What a change does to the run as given: live bytes at the peak, time for the same tokens, and the verdict."""
+    """What a change does to the run as given: live bytes at the peak, time for the same tokens, and the verdict, which
+    is `certain` where both ends of the estimate's interval agree on it."""
 
     change: Mapping[str, object]
     delta_bytes: int
     delta_seconds_pct: float | None
     fits: bool
+    certain: bool
     changes_numerics: bool
     why: str
 
@@ -42,6 +44,7 @@ class LeverEffect:
             "delta_bytes": self.delta_bytes,
             "delta_seconds_pct": self.delta_seconds_pct,
             "fits": self.fits,
+            "certain": self.certain,
             "changes_numerics": self.changes_numerics,
             "why": self.why,
         }
@@ -92,7 +95,9 @@ def effects(
     """Each lever's effect on `run`, what saves most first; those that do not help come last, with their figure."""
     found = [effect_of(lever, given, run, program, profile, reserve_bytes) for lever in candidates(run, program)]
     found += micro_batch_effects(given, run, program, profile, reserve_bytes)
-    found.append(LeverEffect({"empty_cache": True}, 0, None, given.verdict == "fits", False, EMPTY_CACHE))
+    found.append(
+        LeverEffect({"empty_cache": True}, 0, None, given.verdict == "fits", bool(given.certain), False, EMPTY_CACHE)
+    )
     return sorted((effect for effect in found if effect is not None), key=lambda effect: effect.delta_bytes)
 
 
@@ -126,16 +131,18 @@ def effect_of(
         return None
     live_bytes = steady_step(after, parts).peak().live_bytes
     speed = predict(after, profile, parts.flops_per_token, program)
-    fits = fits_surely(live_bytes, profile, reserve_bytes)
+    fits, certain = fits_surely(live_bytes, profile, reserve_bytes), True
     if fits is None:
-        fits = estimate(after, program, profile, reserve_bytes).verdict == "fits"
+        full = estimate(after, program, profile, reserve_bytes, given.interval.risk)
+        fits, certain = full.verdict == "fits", bool(full.certain)
     delta_bytes = live_bytes - given.live_bytes
-    return LeverEffect(lever.change, delta_bytes, slower(given, speed), fits, lever.numerics, lever.why)
+    return LeverEffect(lever.change, delta_bytes, slower(given, speed), fits, certain, lever.numerics, lever.why)
 
 
 def fits_surely(live_bytes: int, profile: GpuProfile, reserve_bytes: int) -> bool | None:
     """The verdict where the live peak alone decides it; None where the allocator has to be replayed."""
-    floor = live_bytes + CUBLAS_HANDLES * cublas_workspace_bytes(profile.compute_capability) + profile.context_bytes
+    workspaces = CUBLAS_HANDLES * cublas_workspace_bytes(profile.compute_capability)
+    floor = live_bytes + workspaces + profile.context_bytes
     usable = profile.total_bytes - reserve_bytes
     if floor > usable:
         return False
@@ -162,8 +169,8 @@ def micro_batch_effects(
         live_bytes = steady_step(smaller, pieces(smaller, program, whole=False)).peak().live_bytes
         after = None
         if fits_surely(live_bytes, profile, reserve_bytes) is not False:
-            after = estimate(smaller, program, profile, reserve_bytes)
-        if after is not None and after.verdict == "fits":
+            after = estimate(smaller, program, profile, reserve_bytes, given.interval.risk)
+        if after is not None and after.verdict == "fits" and after.certain:
             low, best = middle, after
         else:
             high = middle - 1
@@ -174,7 +181,7 @@ def micro_batch_effects(
     why = "the largest micro-batch that fits; it need not be a power of two, and the tokens of a step stay the same"
     delta_bytes = best.live_bytes - given.live_bytes
     pct = slower(given, best.speed) if best.speed else None
-    return [LeverEffect(change, delta_bytes, pct, True, False, why)]
+    return [LeverEffect(change, delta_bytes, pct, True, True, False, why)]
 
 
 def with_micro_batch(run: RunConfig, batch_size: int) -> RunConfig:

@@ -30,6 +30,10 @@ Reserve = Annotated[
     str | None,
     typer.Option("--reserve", metavar="SIZE", help="What others hold on the card, as 1.5GiB.", show_default=False),
 ]
+Risk = Annotated[
+    float | None,
+    typer.Option("--risk", metavar="X", help="The chance to accept that it needs more; 0.05.", show_default=False),
+]
 Program = Annotated[
     str | None,
     typer.Option("--program", metavar="NAME", help="Whose code runs the step: gptfit or nanogpt.", show_default=False),
@@ -77,6 +81,10 @@ Keep = Annotated[
 ]
 Save = Annotated[
     str | None, typer.Option("--save", metavar="FILE", help="Write the run, for gptfit train.", show_default=False)
+]
+Page = Annotated[
+    str | None,
+    typer.Option("--html", metavar="FILE", help="Write the answer as a page, with charts.", show_default=False),
 ]
 Snapshot = Annotated[
     str | None,

@@ -6,7 +6,6 @@ user set are kept, unless nothing fits; the tokens of a step are kept in any cas
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import product
 
 from gptfit.config import RunConfig, derive
@@ -16,7 +15,7 @@ from gptfit.estimate import Budget, Estimate, Speed, estimate, speed_json, under
 from gptfit.gpus import GpuProfile
 from gptfit.levers import LEVERS, LeverEffect, effects
 from gptfit.memory.overhead import CUBLAS_HANDLES, cublas_workspace_bytes
-from gptfit.memory.step import pieces, steady_step
+from gptfit.memory.step import steady_peak
 from gptfit.speed import predict
 
 # What the search may choose freely: the numbers of training stay the same to rounding.
@@ -116,19 +115,23 @@ def plan(
     tokens_per_step: int | None = None,
     allow: Sequence[str] = (),
     keep: Sequence[str] = (),
+    risk: float | None = None,
 ) -> Plan:
-    """The fastest run of the gptfit trainer that fits, for the same tokens a step.
+    """The fastest run of the gptfit trainer that fits to the upper end of its interval, for the same tokens a step.
+    Where none does, one that fits within the error, and a note that says so.
 
     Raises GptfitError for an unknown lever in `allow`, or fewer tokens a step than one sequence has.
     """
     tokens = checked_tokens(source.run, tokens_per_step, allow)
     budget = Budget(profile.name, profile.total_bytes, reserve_bytes)
     given = under_program(source.run, source.program)
-    as_given = estimate(given, source.program, profile, reserve_bytes)
-    search = Search(under_program(source.run, "gptfit"), profile, budget, tokens)
+    as_given = estimate(given, source.program, profile, reserve_bytes, risk)
+    search = Search(under_program(source.run, "gptfit"), profile, budget, tokens, risk)
     found, notes = choices(search, source, allow, keep)
     best = found[0] if found else None
     chosen = best.estimate if best else None
+    if chosen is not None and not chosen.certain:
+        notes.append("it fits, but within the error of the estimate; nothing was found that fits for sure")
     levers = tuple(effects(as_given, given, source.program, profile, reserve_bytes))
     return Plan(
         budget=budget,
@@ -184,7 +187,8 @@ def smallest_change(as_given: Estimate, levers: Iterable[LeverEffect]) -> LeverE
     if as_given.verdict != "does_not_fit":
         return None
     enough = [effect for effect in levers if effect.fits and not effect.changes_numerics]
-    return min(enough, key=lambda effect: -effect.delta_bytes) if enough else None
+    sure = [effect for effect in enough if effect.certain]
+    return min(sure or enough, key=lambda effect: -effect.delta_bytes, default=None)
 
 
 def options(run: RunConfig, kept: Iterable[str], allow: Sequence[str]) -> list[dict[str, object]]:
@@ -201,7 +205,13 @@ class Search:
     """Every integer micro-batch of every combination. What fits is found by bisection, as memory grows with it."""
 
     def __init__(
-        self, run: RunConfig, profile: GpuProfile, budget: Budget, tokens: int, finalists: int = FINALISTS
+        self,
+        run: RunConfig,
+        profile: GpuProfile,
+        budget: Budget,
+        tokens: int,
+        risk: float | None = None,
+        finalists: int = FINALISTS,
     ) -> None:
         self.base = run
         self.finalists = finalists
@@ -212,6 +222,7 @@ class Search:
         )
         self.usable_bytes = budget.usable_bytes
         self.reserve_bytes = budget.reserve_bytes
+        self.risk = risk
         self.n_searched = 0
 
     def run(self, combinations: list[dict[str, object]]) -> list[Candidate]:
@@ -235,7 +246,7 @@ class Search:
         while low < high:  # doubling first, as the answer is usually far below the largest
             middle = min(high, low + step)
             run = self.derived(combination, middle)
-            live_bytes, flops_per_token = steady_peak(run)  # pyright: ignore[reportArgumentType]  pydantic: frozen is hashable
+            live_bytes, flops_per_token = steady_peak(run, "gptfit")
             if live_bytes + self.overhead_bytes <= self.usable_bytes:
                 low, step = middle, step * 2
             else:
@@ -248,34 +259,28 @@ class Search:
         return derive(self.base, **combination, batch_size=micro_batch, gradient_accumulation_steps=steps)
 
     def replayed(self, ranked: list[tuple[float, dict[str, object], RunConfig]]) -> list[Candidate]:
-        """The first few of the ranking that fit when replayed.
-
-        A candidate that does not, moves the limit of its combination down by what is missing.
-        """
-        found: list[Candidate] = []
+        """The first few of the ranking that fit for sure when replayed, or if none does, those that fit within the
+        error. A candidate that does not fit moves the limit of its combination down by what is missing."""
+        sure: list[Candidate] = []
+        unsure: list[Candidate] = []
         limits: dict[tuple[object, ...], int] = {}
         for _, choice, run in ranked:
             kind = tuple(choice[key] for key in choice if key not in ("batch_size", "gradient_accumulation_steps"))
-            if len(found) >= self.finalists:
+            if len(sure) >= self.finalists:
                 break
             if run.batch_size > limits.get(kind, run.batch_size):
                 continue
-            full = estimate(run, "gptfit", self.profile, self.reserve_bytes)
-            margin = full.margin_bytes or 0
-            if margin >= 0:
-                found.append(Candidate(choice, run, full))
-            else:
-                per_sequence = max(1, full.saved_for_backward_bytes // run.batch_size)
-                limits[kind] = run.batch_size - max(1, -margin // per_sequence)
-        return found
-
-
-@lru_cache(maxsize=4096)
-def steady_peak(run: RunConfig) -> tuple[int, int]:
-    """Live bytes at the peak of a steady step and FLOPs a token. They are the same on every card: kept, as a search
-    over many cards asks for the same runs again and again."""
-    parts = pieces(run, "gptfit", whole=False)
-    return steady_step(run, parts).peak().live_bytes, parts.flops_per_token
+            full = estimate(run, "gptfit", self.profile, self.reserve_bytes, self.risk)
+            candidate = Candidate(choice, run, full)
+            missing = full.interval.high_bytes - self.usable_bytes
+            if missing <= 0:
+                sure.append(candidate)
+                continue
+            if candidate.fits and len(unsure) < self.finalists:
+                unsure.append(candidate)
+            per_sequence = max(1, full.saved_for_backward_bytes // run.batch_size)
+            limits[kind] = run.batch_size - max(1, missing // per_sequence)
+        return sure or unsure
 
 
 def split(run: RunConfig, micro_batch: int) -> dict[str, object]:

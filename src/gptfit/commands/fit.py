@@ -14,10 +14,12 @@ from gptfit.options import (
     Gpu,
     Json,
     Keep,
+    Page,
     Price,
     PricePerKwh,
     Program,
     Reserve,
+    Risk,
     Save,
     Snapshot,
     Tokens,
@@ -42,10 +44,12 @@ def plan(
     keep: Keep = None,
     program: Program = None,
     reserve: Reserve = None,
+    risk: Risk = None,
     tokens: Tokens = None,
     price: Price = None,
     price_per_kwh: PricePerKwh = None,
     save: Save = None,
+    html: Page = None,
     json: Json = False,
     verbose: Verbose = False,
 ) -> int:
@@ -79,11 +83,15 @@ def plan(
         respond(json, listed.to_json, *view, after_shortlist(listed, source, asked))
         return YES if listed.verdict == "fits" else NO
     card = need_card(gpu, reserve, "plan")
-    answer = make_plan(source, card.profile, card.reserve_bytes, tokens_per_step, allow or (), keep or ())
+    answer = make_plan(source, card.profile, card.reserve_bytes, tokens_per_step, allow or (), keep or (), risk)
     if save is not None and answer.run is not None:
         from gptfit.door import save_run
 
         save_run(answer.run, save, asked.gptfit("plan", {}, "--gpu", card.profile.name))
+    if html is not None:
+        from gptfit.report.html import plan_page, write_page
+
+        write_page(html, plan_page(answer, source, card, asked.gptfit("plan", {}, "--gpu", card.profile.name)))
     target = None
     if goal is not None and answer.run is not None and answer.speed is not None:
         target = reach(goal, answer.speed, card.profile, answer.run.n_gpus)
@@ -104,7 +112,9 @@ def estimate(
     gpu: Gpu = None,
     program: Program = None,
     reserve: Reserve = None,
+    risk: Risk = None,
     snapshot: Snapshot = None,
+    html: Page = None,
     json: Json = False,
     verbose: Verbose = False,
 ) -> int:
@@ -119,15 +129,20 @@ def estimate(
     source = read_config(asked.config, asked.overrides)
     card = find_card(gpu, reserve)
     on_card = (card.profile, card.reserve_bytes) if card else (None, 0)
-    answer = make_estimate(source.run, program_of(program, source), *on_card)
+    answer = make_estimate(source.run, program_of(program, source), *on_card, risk=risk)
     if snapshot is not None:
         from gptfit.report.torch_snapshot import predicted_tape, write_snapshot
 
         tape = predicted_tape(source.run, answer.program, on_card[0])
         write_snapshot(snapshot, tape, source.run.expandable_segments)
+    if html is not None:
+        from gptfit.report.html import estimate_page, write_page
+
+        options = ("--gpu", card.profile.name) if card else ()
+        write_page(html, estimate_page(answer, source, card, asked.gptfit("estimate", {}, *options)))
     # A config written for nanoGPT is answered for both programs: its owner may train it with either.
     both = program is None and source.program == "nanogpt" and not json
-    other = make_estimate(source.run, "gptfit", *on_card) if both else None
+    other = make_estimate(source.run, "gptfit", *on_card, risk=risk) if both else None
     view = estimate_view(answer, other, verbose), notes_view(source, card, verbose), after_estimate(answer, asked)
     respond(json, answer.to_json, *view)
     return NO if answer.verdict == "does_not_fit" else YES

@@ -116,7 +116,13 @@ def flash_attention(w: Writer, heads: Heads, name: str) -> Tensor:
             w.empty(f"{name} {part} gradient {label}", "temporary", shape, dtype)
             for part, shape, label in zip("qkv", shapes, labels, strict=True)
         ]
-        if w.kernels:
+        if w.kernels and dtype == "float32":
+            # delta, the row sums of grad · out, is made by tensor operations (attention_backward.cu).
+            product = w.empty(f"{name} product", "workspace", shapes[0], dtype)
+            sums = w.empty(f"{name} row sums", "workspace", (b, t, n_head), dtype)
+            delta = w.empty(f"{name} delta", "workspace", (b, n_head, t), dtype)
+            del product, sums, delta
+        elif w.kernels:
             # flash-attention's backward sums dq in fp32 (flash_api.cpp, mha_bwd: dq_accum, softmax_d).
             scratch_shape = (b, n_head, -(-t // 128) * 128, -(-head_size // 32) * 32 + 1)
             scratch = w.empty(f"{name} dq accumulator", "workspace", scratch_shape, "float32")

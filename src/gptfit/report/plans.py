@@ -37,7 +37,7 @@ def plan_view(plan: Plan, verbose: bool = False) -> Iterator[RenderableType]:
     if best is None:
         yield headline("does_not_fit", f"no run of this model fits {plan.budget.name}")
     else:
-        yield headline("fits", margin_text(best))
+        yield headline("fits", margin_text(best), best.certain)
         yield Text(run_text(best))
         if best.speed is not None:
             yield Text(f"{speed_text(best.speed)}.")

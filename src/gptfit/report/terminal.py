@@ -12,14 +12,14 @@ from rich.table import Table
 from rich.text import Text
 
 from gptfit.asked import Asked
-from gptfit.estimate import Estimate, Speed
+from gptfit.estimate import Estimate, Needs, Speed
 from gptfit.units import format_bytes, format_mib
 
 if TYPE_CHECKING:
     from gptfit.card import Card
     from gptfit.door import ConfigSource
 
-GOOD, BAD, QUIET = "bold green", "bold red", "dim"
+GOOD, BAD, UNSURE, QUIET = "bold green", "bold red", "bold yellow", "dim"
 
 VERDICTS = {"fits": ("Fits: ", GOOD), "does_not_fit": ("Does not fit: ", BAD)}
 
@@ -28,9 +28,11 @@ MAX_ROWS = 10
 BAR_WIDTH = 24
 
 
-def headline(verdict: str | None, text: str) -> Text:
-    """The first line: `Fits: …`, `Does not fit: …`."""
+def headline(verdict: str | None, text: str, certain: bool | None = True) -> Text:
+    """The first line: `Fits: …`, `Does not fit: …`; without `certain`: `Fits, but within the error: …`."""
     word, style = VERDICTS.get(verdict or "", ("Needs ", "bold"))
+    if certain is False:
+        word, style = word.replace(":", ", but within the error:"), UNSURE
     return Text.assemble((word, style), text)
 
 
@@ -68,7 +70,7 @@ def hanging(text: str) -> RenderableType:
     return Padding(Text(text), (0, 0, 0, 2))
 
 
-def margin_text(estimate: Estimate) -> str:
+def margin_text(estimate: Needs) -> str:
     """`10.44 GiB of 11.56 GiB on rtx4070, 1.12 GiB to spare`."""
     budget, margin = estimate.budget, estimate.margin_bytes
     if budget is None or margin is None:
@@ -92,7 +94,7 @@ def run_text(estimate: Estimate) -> str:
     )
 
 
-def shares(estimate: Estimate) -> list[tuple[str, int]]:
+def shares(estimate: Needs) -> list[tuple[str, int]]:
     """What the process holds at its peak, in parts that add up to `process_bytes`."""
     return [
         *estimate.breakdown(),
@@ -105,12 +107,13 @@ def bar(n_bytes: int, of_bytes: int) -> str:
     return "█" * round(BAR_WIDTH * n_bytes / of_bytes) if of_bytes > 0 else ""
 
 
-def memory_rows(estimate: Estimate) -> RenderableType:
+def memory_rows(estimate: Needs) -> RenderableType:
     """The parts of the process with a bar each; a full bar is the usable memory, or the process without a card."""
     budget = estimate.budget
     full = max(estimate.process_bytes, budget.usable_bytes if budget else 0)
     rows = [(name, format_mib(n_bytes), bar(n_bytes, full)) for name, n_bytes in shares(estimate)]
-    rows.append(("the process", format_mib(estimate.process_bytes), ""))
+    low, high = format_mib(estimate.interval.low_bytes), format_mib(estimate.interval.high_bytes)
+    rows.append(("the process", format_mib(estimate.process_bytes), f"{low} to {high}"))
     if budget is not None:
         rows.append((f"usable on {budget.name}", format_mib(budget.usable_bytes), bar(budget.usable_bytes, full)))
         if budget.reserve_bytes:
@@ -118,7 +121,7 @@ def memory_rows(estimate: Estimate) -> RenderableType:
     return table(("", "MiB", " "), rows, right=("MiB",))
 
 
-def live_rows(estimate: Estimate, n: int = MAX_ROWS) -> RenderableType:
+def live_rows(estimate: Needs, n: int = MAX_ROWS) -> RenderableType:
     """The `n` largest tensors alive at the peak; a count of 12 is one in each of 12 blocks."""
     rows = [
         (row.name, " × ".join(map(str, row.shape)), row.dtype, f"{row.count}", format_mib(row.n_bytes))
@@ -141,7 +144,7 @@ def speed_text(speed: Speed) -> str:
 
 def estimate_view(estimate: Estimate, other: Estimate | None = None, verbose: bool = False) -> Iterator[RenderableType]:
     """One run's memory. `other` is the same run under another program's code."""
-    yield headline(estimate.verdict, margin_text(estimate))
+    yield headline(estimate.verdict, margin_text(estimate), estimate.certain)
     yield Text(run_text(estimate))
     yield title(f"Memory at the peak, in {estimate.phase} ({estimate.op})")
     yield memory_rows(estimate)

@@ -1,7 +1,7 @@
 """A traced step at the terminal: whether it fits, what is alive at its peak, and the largest batch that fits."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from rich.console import RenderableType
 from rich.text import Text
@@ -12,24 +12,18 @@ from gptfit.units import format_bytes, format_mib
 
 if TYPE_CHECKING:
     from gptfit.card import Card
-    from gptfit.estimate import Estimate
     from gptfit.tracefile import TraceReport
     from gptfit.tracefit import BatchFit
 
 
-def as_estimate(report: "TraceReport") -> "Estimate":
-    """For the rows that estimates and traces share: what those read has the same name in both."""
-    return cast("Estimate", report)
-
-
 def trace_view(report: "TraceReport", verbose: bool = False) -> Iterator[RenderableType]:
     """One traced step's memory."""
-    yield headline(report.verdict, margin_text(as_estimate(report)))
+    yield headline(report.verdict, margin_text(report), report.certain)
     yield Text(step_text(report))
     yield title(f"Memory at the peak, in {report.phase} ({report.op})")
-    yield memory_rows(as_estimate(report))
+    yield memory_rows(report)
     yield Text("")
-    yield live_rows(as_estimate(report))
+    yield live_rows(report)
     yield title("Peak of each phase")
     yield table(("", "MiB"), [(name, format_mib(n_bytes)) for name, n_bytes in report.phases], right=("MiB",))
     yield Text(f"\n{format_bytes(report.saved_for_backward_bytes)} are saved for backward by one micro-step.")
