@@ -67,13 +67,17 @@ def checkpoint_paths(folder: Path) -> list[Path]:
     return [path for _, path in sorted(((int(n), p) for n, p in numbered if n.isdigit()), reverse=True)]
 
 
+def checkpoint_path(folder: Path, step: int) -> Path:
+    return Path(folder) / f"checkpoint-{step:08d}.pt"
+
+
 def save(folder: Path, checkpoint: Checkpoint) -> Path:
     """Writes a checkpoint and removes all but the previous one.
 
     Raises GptfitError where the disk is full or cannot be written; the previous checkpoint is untouched then, and
     what was written of the new one is gone.
     """
-    path = Path(folder) / f"checkpoint-{checkpoint.step:08d}.pt"
+    path = checkpoint_path(folder, checkpoint.step)
     for leftover in Path(folder).glob(f".{PATTERN}.*.partial"):  # of a process that was killed while writing
         with suppress(OSError):
             leftover.unlink()

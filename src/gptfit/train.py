@@ -2,34 +2,38 @@
 
 A step has n = batch_size · gradient_accumulation_steps sequences, which follow from the seed and the step.
 They are split into micro-batches, each weighted by its share of n: any split makes the same step, so one
-that turns out too large for the GPU is made smaller and the step done again.
+that turns out too large for the GPU is made smaller and the step done again. Several ranks (one process a GPU)
+each take their part of the n; what ends a step early on one of them ends it on all.
 
 Shapes: B sequences of a micro-batch, T block_size.
 """
 
 import math
+import signal
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import numpy as np
 import torch
 import yaml
 
 from gptfit import metrics
-from gptfit.checkpoint import Checkpoint, Found, latest_valid, restore_rng, rng_state, save
+from gptfit.checkpoint import Checkpoint, Found, checkpoint_path, latest_valid, restore_rng, rng_state, save
 from gptfit.config import ModelConfig, RunConfig
 from gptfit.data import TRAIN, VAL, Dataset, load_batch, open_dataset, sequence_starts
-from gptfit.device import adapt, held_memory, pick_device, release_cached, reset_peaks, set_expandable_segments, start
+from gptfit.device import adapt, held_memory, release_cached, reset_peaks, set_expandable_segments, start
+from gptfit.distributed import Ranks, check_size, joined, launched, own_device
 from gptfit.errors import GptfitError
 from gptfit.events import Event, Finished, Listener, Measured, Note, Saved, Started, Stepped
 from gptfit.init_from import start_weights
 from gptfit.model import GPT, compile_model
 from gptfit.optim import Stepper, build_optimizer, learning_rate_at, load_state, set_learning_rate
+from gptfit.parallel import Strategy, share_model
 from gptfit.replacing import replacing
-from gptfit.signals import stop_on_signal
+from gptfit.signals import Asked, stop_on_signal
 
 RUN_FILE = "run.yaml"
 
@@ -54,38 +58,64 @@ def train(
     (unless `resume`), for one without a checkpoint (if `resume`), for data that do not suit the run, for a
     loss that is no number, for a full disk, and where not even one sequence fits in memory.
     """
+    ranks = launched()
     set_expandable_segments(run.expandable_segments)
-    emit = on_event or (lambda event: None)
-    out = Path(out_dir)
-    session, notes = _set_up(run, out, resume, device_name, emit)
-    run = session.run
-    for note in notes:
-        emit(Note(note))
-    emit(session.started(out))
+    listener = on_event if ranks.first else None
+    with joined(ranks):
+        with ranks.together():
+            check_size(run, ranks)
+        session, notes = _set_up(run, Path(out_dir), resume, device_name, ranks, listener or (lambda event: None))
+        for note in notes:
+            session.emit(Note(note))
+        session.emit(session.started(Path(out_dir)))
+        return _run(session, Path(out_dir), predicted or {})
 
+
+def _run(session: "Session", out: Path, predicted: Mapping[str, int]) -> Finished:
+    """Steps until the run's last, or a signal, with what is due after each of them."""
+    run, emit, ranks = session.run, session.emit, session.ranks
     began, first = time.perf_counter(), session.step
     record: Stepped | None = None
     saved: Saved | None = None
     with stop_on_signal() as asked:
-        while session.step < run.max_iters and not asked.signal:
+        stopped = _agreed(ranks, asked)
+        while session.step < run.max_iters and not stopped:
             record = _step(session)
             if session.step == first + 2 and (held := held_memory(session.device)) is not None:
-                emit(Measured(held.allocated_bytes, held.reserved_bytes, held.card_used_bytes, predicted or {}))
+                emit(Measured(held.allocated_bytes, held.reserved_bytes, held.card_used_bytes, predicted))
             last = session.step == run.max_iters
             if run.eval_interval and (last or session.step % run.eval_interval == 0):
                 record = replace(record, val_loss=_evaluate(session))
-            metrics.append(out, record)
+            with ranks.together():
+                if ranks.first:
+                    metrics.append(out, record)
             emit(record)
+            stopped = _agreed(ranks, asked)
             due = run.checkpoint_interval and session.step % run.checkpoint_interval == 0
-            if due or last or asked.signal:
-                saved = Saved(session.step, save(out, session.checkpoint()))
+            if due or last or stopped:
+                saved = _save(session, out)
                 emit(saved)
-        stopped_by = asked.signal if session.step < run.max_iters else ""
+        stopped_by = stopped if session.step < run.max_iters else ""
     loss, val_loss = (record.loss, record.val_loss) if record else (math.nan, None)
     path = saved.path if saved else None
     finished = Finished(session.step, loss, val_loss, time.perf_counter() - began, stopped_by, path)
     emit(finished)
     return finished
+
+
+def _agreed(ranks: Ranks, asked: Asked) -> str:
+    """The signal that some rank was sent, known to all; empty where none was."""
+    number = int(ranks.largest(signal.Signals[asked.signal] if asked.signal else 0)[0])
+    return signal.Signals(number).name if number else ""
+
+
+def _save(session: "Session", out: Path) -> Saved:
+    checkpoint = session.checkpoint()
+    path = checkpoint_path(out, session.step)
+    with session.ranks.together():
+        if session.ranks.first:
+            save(out, checkpoint)
+    return Saved(session.step, path)
 
 
 @dataclass(slots=True)
@@ -99,12 +129,15 @@ class Session:
     optimizer: Stepper
     scaler: torch.amp.GradScaler
     emit: Callable[[Event], None]
+    ranks: Ranks
+    strategy: Strategy
     step: int = 0
     micro_batch: int = 0
     eval_batch: int = 0
 
     def started(self, out: Path) -> Started:
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else str(self.device)
+        name = f"{self.ranks.size} × {name}" if self.ranks.size > 1 else name
         n_params = sum(parameter.numel() for parameter in self.model.parameters())
         data = self.data
         return Started(self.run, name, n_params, data.name, len(data.train), data.tokenizer, self.step, out)
@@ -123,31 +156,41 @@ class Session:
 
 
 def _set_up(
-    run: RunConfig, out: Path, resume: bool, device_name: str, emit: Listener
+    run: RunConfig, out: Path, resume: bool, device_name: str, ranks: Ranks, emit: Listener
 ) -> tuple[Session, tuple[str, ...]]:
-    """Everything before the first step, and the lines that someone should read about it."""
-    if run.n_gpus > 1:
-        raise GptfitError(f"n_gpus={run.n_gpus}: this trains on one GPU", "n_gpus=1")
-    device = pick_device(device_name)
-    run, notes = adapt(run, device)
-    data = open_dataset(run)
-    found = _find_checkpoint(out, run, resume)
+    """Everything before the first step, and the lines that someone should read about it.
+
+    Whatever may fail on one rank comes first: from where the model is shared on, the ranks wait for one another.
+    """
+    with ranks.together():
+        device = own_device(device_name, ranks)
+        run, notes = adapt(run, device)
+        if ranks.first:
+            open_dataset(run)  # prepares the built-in one, which the others then find
+    with ranks.together():
+        data = open_dataset(run)
+        found = _find_checkpoint(out, run, resume)
+    with ranks.together():
+        _check_same(ranks, found, out)
     start(device, run.seed)
     model = GPT(run).to(device)
     if found is None:
         notes += start_weights(model, run)
+    strategy = share_model(model, run, ranks)
     optimizer = build_optimizer(model, run)
     scaler = torch.amp.GradScaler(device.type, enabled=run.dtype == "float16")
-    session = Session(run, device, data, model, optimizer, scaler, emit)
+    session = Session(run, device, data, model, optimizer, scaler, emit, ranks, strategy)
     session.micro_batch, session.eval_batch = run.batch_size, run.eval_batch_size
     if found is not None:
         notes += found.skipped + _changes(found.checkpoint, run, data)
         _restore(session, found.checkpoint)
     if run.compile:
         compile_model(model)
-    with replacing(out / RUN_FILE) as file:
-        file.write(yaml.safe_dump(run.model_dump(), sort_keys=False).encode())
-    metrics.keep_until(out, session.step)
+    with ranks.together():
+        if ranks.first:
+            with replacing(out / RUN_FILE) as file:
+                file.write(yaml.safe_dump(run.model_dump(), sort_keys=False).encode())
+            metrics.keep_until(out, session.step)
     return session, notes
 
 
@@ -173,6 +216,15 @@ def _find_checkpoint(out: Path, run: RunConfig, resume: bool) -> Found | None:
         if was != now:
             raise GptfitError(f"{key}={now}, but the checkpoint in {out} has {key}={was}", f"resume with {key}={was}")
     return found
+
+
+def _check_same(ranks: Ranks, found: Found | None, out: Path) -> None:
+    step = found.checkpoint.step if found else -1
+    latest, earliest = ranks.largest(step, -step)
+    if latest != -earliest:
+        raise GptfitError(
+            f'not all processes find the same checkpoint in "{out}"', "--out must be a folder that all machines share"
+        )
 
 
 def _changes(checkpoint: Checkpoint, run: RunConfig, data: Dataset) -> tuple[str, ...]:
@@ -202,23 +254,26 @@ def _step(session: Session) -> Stepped:
     set_learning_rate(optimizer, rate)
     n = run.batch_size * run.gradient_accumulation_steps
     tokens = session.data.tokens(TRAIN)
-    starts = sequence_starts(len(tokens), run.block_size, n, run.seed, session.step)
+    starts = session.ranks.share(sequence_starts(len(tokens), run.block_size, n, run.seed, session.step))
+    if session.ranks.size > 1:  # each rank draws (dropout) otherwise, and the same again after a resume
+        torch.manual_seed(hash((run.seed, session.step, session.ranks.rank)))
     loss = _fitting(session, lambda: _accumulate(session, starts))
     norm = None
     if run.grad_clip:
         scaler.unscale_(optimizer)  # pyright: ignore[reportArgumentType]
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), run.grad_clip)
-    try:
-        scaler.step(optimizer)  # pyright: ignore[reportArgumentType]
-    except torch.OutOfMemoryError as error:
-        # Some parameters have moved, some have not: there is no doing this step again.
-        raise GptfitError(
-            f"out of memory in the optimizer's step: {_first_line(error)}",
-            f"gptfit plan shows what fits; optimizer={run.optimizer} keeps its states whatever the batch size is",
-        ) from None
+    with session.ranks.together():
+        try:
+            scaler.step(optimizer)  # pyright: ignore[reportArgumentType]
+        except torch.OutOfMemoryError as error:
+            # Some parameters have moved, some have not: there is no doing this step again.
+            raise GptfitError(
+                f"out of memory in the optimizer's step: {_first_line(error)}",
+                f"gptfit plan shows what fits; optimizer={run.optimizer} keeps its states whatever the batch size is",
+            ) from None
     scaler.update()
-    optimizer.zero_grad()
-    mean = float(loss)  # waits for the GPU
+    session.strategy.zero_grad(optimizer)
+    mean = session.ranks.total(float(loss) / session.ranks.size)[0]  # waits for the GPU
     session.step += 1
     if not math.isfinite(mean):
         raise GptfitError(
@@ -242,11 +297,13 @@ def _step(session: Session) -> Stepped:
 def _accumulate(session: Session, starts: np.ndarray) -> torch.Tensor:
     """Gradients of the mean loss over the sequences at `starts`, added into .grad; the loss, not yet waited for."""
     total = torch.zeros((), device=session.device)
-    for part in _split(starts, session.micro_batch):
+    parts = _split(starts, session.micro_batch)
+    for i, part in enumerate(parts):
         share = len(part) / len(starts)
         inputs_BT, targets_BT = load_batch(session.data.tokens(TRAIN), part, session.run, session.device)
-        loss = session.model(inputs_BT, targets_BT) * share
-        session.scaler.scale(loss).backward()
+        with session.strategy.micro_step(last=i == len(parts) - 1):
+            loss = session.strategy.loss(inputs_BT, targets_BT) * share
+            session.scaler.scale(loss).backward()
         total += loss.detach()
     return total
 
@@ -255,18 +312,19 @@ def _accumulate(session: Session, starts: np.ndarray) -> torch.Tensor:
 def _evaluate(session: Session) -> float:
     """Mean loss over eval_iters · eval_batch_size sequences of the validation data, the same ones every time."""
     run, tokens = session.run, session.data.tokens(VAL)
-    starts = sequence_starts(len(tokens), run.block_size, run.eval_iters * run.eval_batch_size, run.seed, 0, VAL)
+    n = run.eval_iters * run.eval_batch_size
+    starts = session.ranks.share(sequence_starts(len(tokens), run.block_size, n, run.seed, 0, VAL))
 
     def mean() -> float:
         total = torch.zeros((), device=session.device)
         for part in _split(starts, session.eval_batch):
             inputs_BT, targets_BT = load_batch(tokens, part, run, session.device)
-            total += session.model(inputs_BT, targets_BT) * (len(part) / len(starts))
+            total += session.model(inputs_BT, targets_BT) * (len(part) / n)
         return float(total)
 
     session.model.eval()
     try:
-        return _fitting(session, mean, evaluating=True)
+        return session.ranks.total(_fitting(session, mean, evaluating=True))[0]
     finally:
         session.model.train()
 
@@ -282,16 +340,24 @@ def _fitting(session: Session, attempt: Callable[[], T], evaluating: bool = Fals
     Raises GptfitError where one sequence at a time is too much.
     """
     while True:
-        rng = rng_state()
+        rng, reason, result = rng_state(), "", None
         try:
-            return attempt()
+            result = attempt()
         except RuntimeError as error:
             if not _is_out_of_memory(error):
                 raise
             reason = _first_line(error)
         # Out here the traceback is gone, and with it the tensors that the failed attempt held.
+        if reason:
+            release_cached(session.device)
+            session.strategy.play_out()
+        if not session.ranks.any(bool(reason)):
+            return cast(T, result)
+        reason = next(text for text in session.ranks.words(reason) if text)
         session.optimizer.zero_grad()
         release_cached(session.device)
+        if not evaluating:
+            session.strategy.start_over()
         restore_rng(rng)
         size = session.eval_batch if evaluating else session.micro_batch
         name = "eval_batch_size" if evaluating else "batch_size"

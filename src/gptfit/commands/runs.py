@@ -1,5 +1,6 @@
 """What trains: train, sample and data prepare."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -32,24 +33,29 @@ def train(
     device: Device = "",
 ) -> int:
     """Trains a run: estimated first, measured beside predicted, resumable."""
+    from gptfit.distributed import joined, launched
     from gptfit.launch import prepare_launch
     from gptfit.progress import Progress
     from gptfit.report.lists import refusal_view
     from gptfit.report.output import show, write
     from gptfit.train import train as run_training
 
-    asked = asked_for(context, words)
-    launch = prepare_launch(asked, auto_fit, Path(out) if resume else None, device)
-    if launch.estimate is not None and launch.refused and not force:
-        show(refusal_view(launch.estimate, launch.levers, asked))
-        return NO
-    with Progress() as progress:
-        launch.tell(progress)
-        finished = run_training(launch.run, out, resume, launch.predicted, progress, device)
-    if auto_fit and not finished.stopped_by:
-        from gptfit.sample import sample as draw
+    asked, ranks = asked_for(context, words), launched()
+    with joined(ranks):
+        with ranks.together():
+            launch = prepare_launch(asked, auto_fit, Path(out) if resume else None, device)
+        if launch.estimate is not None and launch.refused and not force:
+            show(refusal_view(launch.estimate, launch.levers, asked))
+        if ranks.any(launch.refused) and not force:
+            return NO
+        with Progress() if ranks.first else nullcontext() as progress:
+            if progress is not None:
+                launch.tell(progress)
+            finished = run_training(launch.run, out, resume, launch.predicted, progress, device)
+        if auto_fit and ranks.first and not finished.stopped_by:
+            from gptfit.sample import sample as draw
 
-        write(draw(out, n_tokens=300, device_name=device) + "\n")
+            write(draw(out, n_tokens=300, device_name=device) + "\n")
     return INTERRUPTED if finished.stopped_by == "SIGINT" else YES
 
 

@@ -1,0 +1,62 @@
+"""Runs as several processes on this CPU: `train_together` starts them, each trains the same jobs one after another."""
+
+import json
+import multiprocessing
+import os
+import socket
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gptfit.config import make_run
+from gptfit.events import Event, Note, Stepped
+from gptfit.train import train
+
+# A server that has imported torch once forks each process: half a second instead of three.
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["ranks", "torch.distributed.fsdp", "torch.nn.parallel"])
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run, and what is to happen to it."""
+
+    out: str
+    run: dict[str, Any]
+    resume: bool = False
+    faults: list[dict[str, Any]] = field(default_factory=list)  # see `faults.py`
+
+
+def train_together(folder: Path, n: int, jobs: list[Job], timeout: float = 60.0) -> None:
+    """Trains `jobs` as `n` processes, in folder/JOB.out; what each rank was told goes to folder/OUT-rankR.json."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    processes = [CONTEXT.Process(target=work, args=(rank, n, port, folder, jobs)) for rank in range(n)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout)
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        if process.is_alive():
+            process.kill()
+    assert codes == [0] * n, f"exit codes {codes}; None is one that hung"
+
+
+def work(rank: int, n: int, port: int, folder: Path, jobs: list[Job]) -> None:
+    torch.set_num_threads(1)
+    variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": n, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in variables.items()})
+    for job in jobs:
+        events: list[Event] = []
+        finished = train(make_run(job.run), folder / job.out, job.resume, None, events.append, "cpu")
+        said = {
+            "notes": [event.text for event in events if isinstance(event, Note)],
+            "steps": [event.step for event in events if isinstance(event, Stepped)],
+            "step": finished.step,
+            "stopped_by": finished.stopped_by,
+        }
+        (folder / f"{job.out}-rank{rank}.json").write_text(json.dumps(said))

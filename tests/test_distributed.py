@@ -1,0 +1,118 @@
+"""Two processes that talk through gloo train as one does: the same losses, the same files, the same end."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from gptfit import checkpoint, metrics
+from gptfit.config import make_run
+from gptfit.distributed import Ranks, check_size, launched
+from gptfit.errors import GptfitError
+from gptfit.train import train
+from ranks import Job, train_together
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("steps")
+    rng = np.random.default_rng(0)
+    for part, n in (("train", 20_000), ("val", 2_000)):
+        (rng.integers(0, 32, n) // 2 * 3).astype(np.uint16).tofile(folder / f"{part}.bin")
+    (folder / "meta.json").write_text(json.dumps({"dtype": "uint16", "vocab_size": 257, "tokenizer": "byte"}))
+    return folder
+
+
+def small(dataset: Path, **changes: Any) -> dict[str, Any]:
+    return {
+        "n_layer": 2, "n_head": 2, "n_embd": 16, "vocab_size": 257, "block_size": 16, "dataset": str(dataset),
+        "batch_size": 3, "gradient_accumulation_steps": 4, "dtype": "float32", "compile": False,
+        "learning_rate": 1e-2, "max_iters": 20, "warmup_iters": 2, "eval_interval": 10, "eval_iters": 3,
+        "checkpoint_interval": 10, **changes,
+    }  # fmt: skip
+
+
+def said(folder: Path, name: str, rank: int) -> dict[str, Any]:
+    return json.loads((folder / f"{name}-rank{rank}.json").read_text())
+
+
+def losses(folder: Path) -> list[float]:
+    return [entry["loss"] for entry in metrics.read(folder)]
+
+
+@pytest.fixture(scope="module")
+def trained(dataset, tmp_path_factory) -> Path:
+    """One process and two, each strategy, the same run."""
+    folder = tmp_path_factory.mktemp("trained")
+    train(make_run(small(dataset)), folder / "one")
+    train_together(folder, 2, [Job(strategy, small(dataset, n_gpus=2, strategy=strategy)) for strategy in STRATEGIES])
+    return folder
+
+
+STRATEGIES = ("ddp",)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_two_processes_train_as_one(trained, strategy):
+    one, two = metrics.read(trained / "one"), metrics.read(trained / strategy)
+    assert [entry["step"] for entry in two] == list(range(1, 21))
+    assert [entry["tokens"] for entry in two] == [entry["tokens"] for entry in one]
+    assert [entry["loss"] for entry in two] == pytest.approx([entry["loss"] for entry in one], abs=1e-3)
+    assert [entry["grad_norm"] for entry in two] == pytest.approx([entry["grad_norm"] for entry in one], rel=1e-3)
+    assert two[-1]["loss"] < two[0]["loss"] - 0.5
+    assert two[-1]["val_loss"] == pytest.approx(one[-1]["val_loss"], abs=1e-3)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_rank_0_alone_tells_and_writes(trained, strategy):
+    assert said(trained, strategy, 0)["steps"] == list(range(1, 21)) and said(trained, strategy, 1)["steps"] == []
+    assert said(trained, strategy, 1)["step"] == 20
+    names = sorted(path.name for path in (trained / strategy).iterdir())
+    assert names == ["checkpoint-00000010.pt", "checkpoint-00000020.pt", "metrics.jsonl", "run.yaml"]
+
+
+def test_the_shares_of_the_ranks_are_the_sequences_of_the_step():
+    starts = np.arange(24)
+    shares = [Ranks(rank, 4).share(starts) for rank in range(4)]
+    assert [len(share) for share in shares] == [6] * 4 and np.array_equal(np.concatenate(shares), starts)
+
+
+def test_as_many_processes_as_gpus_or_a_line_to_type(monkeypatch):
+    run = make_run({"n_gpus": 2, "gradient_accumulation_steps": 4})
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    assert launched() == Ranks(0, 1, 0)
+    with pytest.raises(GptfitError, match="n_gpus=2, but this is one process") as alone:
+        check_size(run, launched())
+    assert "torchrun --standalone --nproc_per_node=2 -m gptfit train" in (alone.value.hint or "")
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert launched() == Ranks(3, 4, 1)
+    with pytest.raises(GptfitError, match="n_gpus=2, but torchrun started 4 processes"):
+        check_size(run, launched())
+
+
+def test_a_checkpoint_of_two_processes_is_one_process_s(trained):
+    found = checkpoint.latest_valid(trained / "ddp")
+    alone = checkpoint.latest_valid(trained / "one")
+    assert found is not None and alone is not None
+    assert {name: value.shape for name, value in found.checkpoint.model.items()} == {
+        name: value.shape for name, value in alone.checkpoint.model.items()
+    }
+
+
+def test_the_command_under_torchrun_prints_once(dataset, tmp_path):
+    keys = [f"{key}={value}" for key, value in small(dataset, max_iters=2, eval_interval=0).items()]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    gptfit = ["-m", "gptfit", "train", *keys, "n_gpus=2", "--out", str(tmp_path / "a"), "--device", "cpu"]
+    done = subprocess.run([*torchrun, *gptfit], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stderr.count("step 2/2") == 1 and done.stderr.count("2 × cpu") == 1
