@@ -37,7 +37,7 @@ def write_snapshot(path: str | Path, tape: Tape, expandable_segments: bool) -> N
     """Replays `tape` and writes the snapshot to `path`. Raises GptfitError where that cannot be written."""
     document = snapshot(tape, expandable_segments)
     with replacing(Path(path)) as file:
-        pickle.dump(document, file, protocol=4)  # Python's default when torch's page for snapshots was written
+        pickle.dump(document, file, protocol=4)  # the viewer (torch/utils/viz/MemoryViz.js) takes 2 to 4
 
 
 def snapshot(tape: Tape, expandable_segments: bool) -> dict[str, Any]:

@@ -1,0 +1,110 @@
+"""What every page brings along: its style, and the few lines of script that move the instant shown."""
+
+CSS = """
+:root { color-scheme: light dark; --page: #fff; --text: #1b1b1b; --quiet: #5a5a5a; --line: #cfcfcf; --field: #f3f3f1;
+  --good: #176b36; --bad: #b3261e; --base: #a9a9a9; }
+@media (prefers-color-scheme: dark) { :root { --page: #151617; --text: #ececec; --quiet: #a9a9a9; --line: #44474a;
+  --field: #202224; --good: #6fd08c; --bad: #ff8a80; --base: #6b6b6b; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--page); color: var(--text); font: 16px/1.5 system-ui, sans-serif; }
+main { max-width: 62rem; margin: 0 auto; padding: 1rem; }
+h1 { font-size: 1.5rem; line-height: 1.25; margin: .5rem 0; }
+h2 { font-size: 1.15rem; margin: 2.2rem 0 .5rem; }
+p { margin: .4rem 0; }
+.fits { color: var(--good); } .does_not_fit { color: var(--bad); }
+.quiet { color: var(--quiet); font-size: .9rem; }
+code { font: .9em ui-monospace, monospace; overflow-wrap: anywhere; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .9rem; width: 100%; font-variant-numeric: tabular-nums; }
+caption { text-align: left; color: var(--quiet); padding: .2rem 0; }
+th, td { text-align: left; vertical-align: top; padding: .2rem .8rem .2rem 0; border-bottom: 1px solid var(--line); }
+th { font-weight: 600; } .number { text-align: right; white-space: nowrap; }
+tbody tr.chosen { background: var(--field); }
+dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); gap: .5rem; margin: .8rem 0; }
+dl > div { background: var(--field); padding: .5rem .7rem; border-radius: .3rem; }
+dt { color: var(--quiet); font-size: .85rem; } dd { margin: 0; font-size: 1.1rem; }
+figure { margin: 1rem 0; }
+.plot { position: relative; height: 20rem; margin-left: 3.4rem; border: solid var(--line);
+  border-width: 0 0 1px 1px; }
+.plot svg { position: absolute; inset: 0; width: 100%; height: 100%; display: block; touch-action: pan-y; }
+.plot span { position: absolute; font-size: .8rem; line-height: 1.1; white-space: nowrap; }
+.plot .y { right: calc(100% + .4rem); transform: translateY(50%); color: var(--quiet); }
+.plot .limit { left: .3rem; background: var(--page); padding: 0 .2rem; opacity: .9; }
+.plot .x { top: calc(100% + .3rem); transform: translateX(-50%); color: var(--quiet); }
+.line { stroke: var(--text); fill: none; vector-effect: non-scaling-stroke; }
+.dash { stroke-dasharray: 6 4; } .grid { stroke: var(--line); vector-effect: non-scaling-stroke; }
+.base { fill: var(--base); }
+.strip { position: relative; height: 2.4rem; margin-left: 3.4rem; font-size: .78rem; line-height: 1.1; }
+.strip span { position: absolute; overflow: hidden; height: 100%; border-left: 1px solid var(--line); padding: .15rem; }
+.strip.parts { height: 2.2rem; } .strip .is-peak { background: var(--field); font-weight: 600; }
+.instant { display: flex; gap: .6rem; align-items: center; margin-left: 3.4rem; }
+.instant input { flex: 1; min-width: 0; margin: 0; }
+button { font: inherit; color: inherit; background: var(--field); border: 1px solid var(--line); border-radius: .3rem; }
+:focus-visible { outline: 3px solid #56b4e9; outline-offset: 2px; }
+.legend { list-style: none; padding: 0; margin: .6rem 0; display: flex; flex-wrap: wrap; gap: .2rem 1.1rem;
+  font-size: .9rem; }
+.swatch { display: inline-block; width: .8em; height: .8em; margin-right: .35em; border-radius: 2px; }
+.swatch.base { background: var(--base); }
+.below { margin-top: 1.8rem; }
+.dot { position: absolute; width: 11px; height: 11px; margin: 0 0 -6px -6px; border-radius: 50%; border: 2px solid;
+  background: none; padding: 0; }
+.dot.over { opacity: .55; background: none !important; } .dot.given { border-radius: 0; transform: rotate(45deg); }
+.dot.chosen { width: 17px; height: 17px; margin: 0 0 -9px -9px; }
+.bars { display: grid; grid-template-columns: 1fr 1fr; min-width: 9rem; height: 1.2em; }
+.bars i { display: block; height: .8em; margin-top: .3em; }
+.bars .less { background: #009e73; justify-self: end; } .bars .more { background: #d55e00; }
+.bars > b { border-right: 1px solid var(--quiet); display: grid; }
+details { margin: .5rem 0; } summary { cursor: pointer; }
+@media (max-width: 40rem) {
+  .strip { height: 6rem; } .strip span { writing-mode: vertical-rl; padding: .2rem 0; }
+  .strip.parts { height: 3.6rem; } .strip.parts span { writing-mode: initial; padding: .15rem; }
+  .plot { height: 16rem; } .plot .limit { font-size: .72rem; } }
+@media print { :root { color-scheme: light; --page: #fff; --text: #000; --quiet: #444; --line: #bbb; --field: #f3f3f1;
+  --good: #176b36; --bad: #b3261e; --base: #a9a9a9; }
+  * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
+  .instant { display: none; } section, figure, tr { break-inside: avoid; } .scroll { overflow: visible; } }
+"""
+
+# A chart's JSON: x of each instant, its words, bytes in MiB, and its largest buffers as [number, how many].
+SCRIPT = """
+"use strict";
+for (const figure of document.querySelectorAll("figure[data-timeline]")) {
+  const given = JSON.parse(figure.querySelector("script").textContent);
+  const plot = figure.querySelector(".plot"), slider = figure.querySelector("input");
+  const cursor = figure.querySelector(".cursor"), words = figure.querySelector(".words");
+  const body = figure.querySelector("tbody");
+  const mib = n => n.toLocaleString("en", {minimumFractionDigits: 1, maximumFractionDigits: 1});
+  const show = i => {
+    const one = given.instants[i], text = one.words + ": " + mib(one.mib) + " MiB of tensors";
+    slider.value = i;
+    slider.setAttribute("aria-valuetext", text);
+    words.textContent = text;
+    cursor.setAttribute("transform", "translate(" + one.x * 1000 + " 0)");
+    body.replaceChildren(...one.rows.map(([number, count]) => {
+      const [name, category, shape, dtype, each] = given.buffers[number], row = document.createElement("tr");
+      [name, category, shape, dtype, String(count), mib(each * count)].forEach((value, column) => {
+        const cell = document.createElement("td");
+        cell.textContent = value;
+        if (column > 3) cell.className = "number";
+        row.append(cell);
+      });
+      return row;
+    }));
+  };
+  const at = event => {
+    const box = plot.getBoundingClientRect(), x = (event.clientX - box.left) / box.width;
+    let i = given.instants.findIndex(one => one.x > x);
+    show(i < 0 ? given.instants.length - 1 : Math.max(0, i - 1));
+  };
+  plot.addEventListener("pointermove", at);
+  plot.addEventListener("pointerdown", at);
+  slider.addEventListener("input", () => show(Number(slider.value)));
+  figure.querySelector("button").addEventListener("click", () => show(given.peak));
+  figure.querySelector(".instant").hidden = false;
+  show(given.peak);
+}
+const shut = [];
+addEventListener("beforeprint", () => document.querySelectorAll("details:not([open])").forEach(one => {
+  shut.push(one); one.open = true; }));
+addEventListener("afterprint", () => { while (shut.length) shut.pop().open = false; });
+"""
