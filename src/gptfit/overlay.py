@@ -5,6 +5,7 @@ GPTFIT_PROFILES names, else in gptfit/profiles under the user's configuration fo
 """
 
 import datetime
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +22,8 @@ FOLDER_VARIABLE = "GPTFIT_PROFILES"
 
 Size = Annotated[int, BeforeValidator(parse_size), Field(ge=0)]
 # No card is ten times faster or slower than its profile: such a factor is a slip of the pen.
-Factor = Annotated[float, Field(strict=True, ge=0.1, le=10, allow_inf_nan=False)]
+FACTOR_RANGE = (0.1, 10.0)
+Factor = Annotated[float, Field(strict=True, ge=FACTOR_RANGE[0], le=FACTOR_RANGE[1], allow_inf_nan=False)]
 
 
 class Overlay(BaseModel):
@@ -64,7 +66,7 @@ class Overlay(BaseModel):
         lines = ["# Written by gptfit measure. Plans for this card use it; delete it to go back to the profile."]
         for key, value in self.model_dump(mode="json").items():
             note = f"  # {format_bytes(value)}" if key.endswith("_bytes") else ""
-            lines.append(f'{key}: "{value}"{note}' if isinstance(value, str) else f"{key}: {value!r}{note}")
+            lines.append(f"{key}: {json.dumps(value)}{note}")  # YAML reads JSON's quotes and numbers
         return "\n".join(lines) + "\n"
 
 
@@ -103,9 +105,13 @@ def _parse(text: str, file: str) -> Overlay:
     for key, entry in entries.items():
         if key not in Overlay.model_fields:
             raise _broken(entry.where.removesuffix(": "), f'unknown key "{shown(key)}"{_nearest_key(key)}')
-    values: dict[str, Any] = {key: entry.value for key, entry in entries.items()}
+    return make_overlay({key: entry.value for key, entry in entries.items()}, file)
+
+
+def make_overlay(values: Mapping[str, Any], file: str) -> Overlay:
+    """A validated overlay. Raises GptfitError, whose line begins with `file`, for an impossible figure."""
     try:
-        return Overlay.model_validate(values)
+        return Overlay.model_validate(dict(values))
     except GptfitError as error:  # from parse_size
         raise _broken(file, error.message) from None
     except ValidationError as error:

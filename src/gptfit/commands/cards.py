@@ -1,6 +1,7 @@
-"""What there is to choose from: models and gpus."""
+"""What there is to choose from, models and gpus; and the card that is here, measured."""
 
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -9,6 +10,9 @@ from gptfit.options import (
     YES,
     Json,
 )
+
+if TYPE_CHECKING:
+    from gptfit.calibration import Calibration
 
 app = typer.Typer()
 
@@ -33,7 +37,7 @@ def gpus(
     json: Json = False,
 ) -> int:
     """The cards that have a profile."""
-    from gptfit.gpus import all_gpus, load_gpu
+    from gptfit.gpus import all_gpus, load_gpu, with_measured
     from gptfit.report import cards
     from gptfit.report.output import respond
 
@@ -43,7 +47,64 @@ def gpus(
         seen = ask_driver()
         respond(json, lambda: cards.seen_json(seen), cards.seen_view(seen))
         return YES if seen else NO
-    profiles = [load_gpu(name)] if name is not None else all_gpus()
+    profiles = [load_gpu(name)] if name is not None else [with_measured(card) for card in all_gpus()]
     view = cards.gpu_view(profiles[0]) if name is not None else cards.gpus_view(profiles)
     respond(json, lambda: cards.gpus_json(profiles), view)
     return YES
+
+
+@app.command()
+def measure(
+    rows: Annotated[
+        Path | None,
+        typer.Option("--rows", metavar="FILE", help="Where the rows go; beside the overlay if not given."),
+    ] = None,
+    source: Annotated[
+        Path | None, typer.Option("--from", metavar="ROWS", help="Rows of an earlier time, instead of measuring.")
+    ] = None,
+    json: Json = False,
+) -> int:
+    """Measures this machine's own card: a few short runs, beside their prediction. Later plans use it.
+
+    What it finds (total memory, CUDA context, speed) goes to GPTFIT_PROFILES, or gptfit/profiles in ~/.config.
+    """
+    from gptfit.calibration import calibrate, readings_in, write_overlay, write_rows
+    from gptfit.overlay import overlay_path
+    from gptfit.report.calibrations import calibration_view, files_view
+    from gptfit.report.output import respond
+
+    answer = calibrate(readings_in(source)) if source is not None else _measured_here()
+    gpu = answer.profile.name
+    rows = rows or source or overlay_path(gpu).with_suffix(".jsonl")
+    if rows != source:
+        write_rows([compared.reading for compared in answer.compared], rows)
+    written = write_overlay(answer.overlay)
+    files = {"rows_file": str(rows), "overlay_file": str(written)}
+    respond(json, lambda: answer.to_json() | files, calibration_view(answer), files_view(gpu, rows, written))
+    return YES
+
+
+def _measured_here() -> "Calibration":
+    """The ladder on the card that CUDA would take. Raises GptfitError where there is none."""
+    import os
+    import sys
+
+    from gptfit.calibration import climb, ladder
+    from gptfit.card import choose
+    from gptfit.driver import detect as ask_driver
+    from gptfit.errors import GptfitError
+    from gptfit.gpus import shipped_gpu
+
+    seen = choose(ask_driver(), os.environ)
+    if seen is None:
+        raise GptfitError("there is no GPU here to measure", "on another machine: gptfit plan --gpu rtx4070")
+    profile = shipped_gpu(seen.name, seen.total_bytes)
+    from gptfit.measure import measure_rung
+
+    return climb(
+        ladder(profile, expandable_segments=sys.platform == "linux"),
+        profile,
+        max(0, profile.total_bytes - seen.free_bytes),
+        lambda rung: measure_rung(rung, profile, seen),
+        lambda line: print(line, file=sys.stderr, flush=True),
+    )
