@@ -130,8 +130,16 @@ def test_there_are_profiles_for_what_people_train_on():
 
 @EVERY_GPU
 def test_every_number_has_a_source(gpu):
-    assert set(gpu.sources) == set(NUMBERS)
+    optional = {"power_limit_watts"} if gpu.power_limit_watts is not None else set()
+    assert set(gpu.sources) == {*NUMBERS, *optional}
     assert all(len(source) > 15 for source in gpu.sources.values())
+
+
+def test_the_power_limit_is_that_of_the_card_as_shipped():
+    # NVIDIA's and AMD's own product pages, looked up apart from the database that the profiles cite.
+    published = {"rtx4070": 200, "rtx3090": 350, "rtx4090": 450, "l4": 72, "t4": 70, "a100-80gb": 400, "h100-sxm": 700}
+    assert {name: BY_NAME[name].power_limit_watts for name in published} == published
+    assert all(gpu.power_limit_watts is None for gpu in GPUS if gpu.name.endswith("laptop"))
 
 
 @EVERY_GPU
