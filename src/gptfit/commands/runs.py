@@ -30,6 +30,7 @@ def train(
     out: Out = "out",
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in DIR.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Train even if it is predicted not to fit.")] = False,
+    log: Annotated[str, typer.Option(metavar="NAMES", help="Metrics also to: csv,tensorboard,wandb.")] = "",
     device: Device = "",
 ) -> int:
     """Trains a run: estimated first, measured beside predicted, resumable."""
@@ -38,6 +39,7 @@ def train(
     from gptfit.progress import Progress
     from gptfit.report.lists import refusal_view
     from gptfit.report.output import show, write
+    from gptfit.sinks import Logs
     from gptfit.train import train as run_training
 
     asked, ranks = asked_for(context, words), launched()
@@ -51,7 +53,7 @@ def train(
         with Progress() if ranks.first else nullcontext() as progress:
             if progress is not None:
                 launch.tell(progress)
-            finished = run_training(launch.run, out, resume, launch.predicted, progress, device)
+            finished = run_training(launch.run, out, resume, launch.predicted, Logs(log, progress), device)
         if auto_fit and ranks.first and not finished.stopped_by:
             from gptfit.sample import sample as draw
 
