@@ -2,6 +2,8 @@
 
 import datetime
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -262,6 +264,15 @@ def test_the_rows_that_ship_are_of_other_machines(folder: Path, gptfit: Any) -> 
 
     result = gptfit("measure", "--from", str(ROWS))
     assert result.code == 2 and result.err.startswith(f"error: {ROWS}:1: run is missing")
+
+
+def test_rebuilding_imports_nothing_heavy(folder: Path, rows: Path) -> None:
+    script = (
+        "import sys\nfrom gptfit.cli import main\ntry: main(['measure', '--from', sys.argv[1]])\n"
+        "except SystemExit as end: print(end.code, 'torch' in sys.modules or 'numpy' in sys.modules, file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(rows)], capture_output=True, text=True, timeout=60)
+    assert done.stderr.split() == ["0", "False"]
 
 
 def test_an_empty_file_is_an_error(tmp_path: Path, gptfit: Any) -> None:
