@@ -17,7 +17,15 @@ if TYPE_CHECKING:
 
 def gpus_view(profiles: Iterable[GpuProfile]) -> Iterator[RenderableType]:
     """Cards with the memory that PyTorch sees on them."""
-    rows = [(card.name, format_bytes(card.total_bytes), card.compute_capability, card.title) for card in profiles]
+    rows = [
+        (
+            card.name,
+            format_bytes(card.total_bytes),
+            card.compute_capability,
+            f"{card.title}, measured here" if card.measured else card.title,
+        )
+        for card in profiles
+    ]
     yield table(("name", "memory", "cc", "card"), rows, right=("memory", "cc"))
     yield from commands(("gptfit gpus rtx4070", "gptfit plan --gpu rtx4070"))
 
@@ -71,7 +79,7 @@ def seen_view(seen: "Sequence[DriverGpu]") -> Iterator[RenderableType]:
             yield table(("pid", "memory", "process"), held, right=("pid", "memory"))
     for note in dict.fromkeys(note for gpu in seen for note in gpu.notes):
         yield Text(f"note: {note}", style=QUIET)
-    yield from commands(("gptfit plan",))
+    yield from commands(("gptfit plan", "gptfit measure"))
 
 
 def seen_json(seen: "Sequence[DriverGpu]") -> dict[str, object]:
