@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 from gptfit.config import RunConfig, derive
 from gptfit.errors import GptfitError
@@ -9,7 +10,7 @@ from gptfit.gpus import GpuProfile
 from gptfit.interval import Interval, process_interval
 from gptfit.memory import compiled
 from gptfit.memory.overhead import CUBLAS_HANDLES, UNKNOWN_CARD_CONTEXT_BYTES, cublas_workspace_bytes
-from gptfit.memory.reserve import replay_run
+from gptfit.memory.reserve import Reserved, replay_run
 from gptfit.memory.step import PROGRAMS, Pieces, pieces, steady_step
 from gptfit.memory.tape import Tape
 from gptfit.speed import Speed, predict
@@ -183,7 +184,7 @@ def estimate(
     peak = steady.peak()
     capability = profile.compute_capability if profile else None
     workspace_bytes = cublas_workspace_bytes(capability)
-    replayed = replay_run(run, pieces(run, program, kernels=True), workspace_bytes)
+    replayed = replay(run, program, workspace_bytes)  # pyright: ignore[reportArgumentType]  frozen models have a hash
     rows = live_rows(steady, replayed.allocated_bytes, peak.live_bytes, workspace_bytes)
     context_bytes = profile.context_bytes if profile else UNKNOWN_CARD_CONTEXT_BYTES
     return Estimate(
@@ -206,6 +207,12 @@ def estimate(
         speed=predict(run, profile, parts.flops_per_token, program) if profile else None,
         assumptions=(*assumptions(run, program, profile, reserve_bytes), *compiled.assumptions(run, program)),
     )
+
+
+@lru_cache(maxsize=256)
+def replay(run: RunConfig, program: str, workspace_bytes: int) -> Reserved:
+    """What the allocator holds: the same on all cards with such workspaces, and most of the time that many take."""
+    return replay_run(run, pieces(run, program, kernels=True), workspace_bytes)
 
 
 def live_rows(steady: Tape, allocated_bytes: int, live_bytes: int, workspace_bytes: int) -> tuple[TensorRow, ...]:
