@@ -164,3 +164,8 @@ def refuse_save(save: str | None) -> None:
     """Raises GptfitError for a --save beside several cards: there is no one run to write."""
     if save is not None:
         raise GptfitError("--save writes the run of one card", "name that card alone: --gpu rtx4070")
+
+
+def options_of(**given: str | None) -> list[str]:
+    """`--gpu rtx4070 --reserve 1GiB`: those that have a value, as they would be typed."""
+    return [word for name, value in given.items() if value is not None for word in (f"--{name}", value)]

@@ -27,6 +27,7 @@ from gptfit.options import (
     Verbose,
     Words,
     asked_for,
+    options_of,
     program_of,
     refuse_save,
 )
@@ -91,7 +92,8 @@ def plan(
     if html is not None:
         from gptfit.report.html import plan_page, write_page
 
-        write_page(html, plan_page(answer, source, card, asked.gptfit("plan", {}, "--gpu", card.profile.name)))
+        options = options_of(gpu=card.profile.name, program=program, reserve=reserve)
+        write_page(html, plan_page(answer, source, card, asked.gptfit("plan", {}, *options)))
     target = None
     if goal is not None and answer.run is not None and answer.speed is not None:
         target = reach(goal, answer.speed, card.profile, answer.run.n_gpus)
@@ -138,7 +140,7 @@ def estimate(
     if html is not None:
         from gptfit.report.html import estimate_page, write_page
 
-        options = ("--gpu", card.profile.name) if card else ()
+        options = options_of(gpu=card.profile.name if card else None, program=program, reserve=reserve)
         write_page(html, estimate_page(answer, source, card, asked.gptfit("estimate", {}, *options)))
     # A config written for nanoGPT is answered for both programs: its owner may train it with either.
     both = program is None and source.program == "nanogpt" and not json

@@ -97,14 +97,19 @@ def header(verdict: str | None, text: str, run: Estimate | None) -> Html:
 
 
 def figures(one: Estimate) -> Html:
-    """The four figures, each with what it is."""
+    """The four figures, each with what it is, and how far off the last may be."""
     rows = (
-        ("live: tensors", one.live_bytes),
-        ("allocated: in blocks", one.allocated_bytes),
-        ("reserved: in segments", one.reserved_bytes),
-        ("process: as nvidia-smi", one.process_bytes),
+        ("live: tensors", format_bytes(one.live_bytes)),
+        ("allocated: in blocks", format_bytes(one.allocated_bytes)),
+        ("reserved: in segments", format_bytes(one.reserved_bytes)),
+        ("process: as nvidia-smi", format_bytes(one.process_bytes)),
+        (f"process, {1 - 2 * one.interval.risk:.0%} likely", range_text(one)),
     )
-    return tag("dl", (tag("div", tag("dt", name), tag("dd", format_bytes(n_bytes))) for name, n_bytes in rows))
+    return tag("dl", (tag("div", tag("dt", name), tag("dd", text)) for name, text in rows))
+
+
+def range_text(one: Estimate) -> str:
+    return f"{format_bytes(one.interval.low_bytes)} to {format_bytes(one.interval.high_bytes)}"
 
 
 def step_figure(one: Estimate, run: RunConfig) -> Html:
@@ -122,12 +127,18 @@ def parts_table(one: Estimate) -> Html:
 def tensors(one: Estimate) -> Html:
     """The whole live set: its rows add up to `allocated`."""
     rows: list[tuple[Part, ...]] = [
-        ((swatch(row.category), row.name), row.category, " × ".join(map(str, row.shape)), row.dtype, f"{row.count}",
-         format_mib(row.n_bytes))
+        (
+            (swatch(row.category), row.name),
+            format_mib(row.n_bytes),
+            f"{row.count}",
+            " × ".join(map(str, row.shape)),
+            row.dtype,
+            row.category,
+        )
         for row in one.tensors
-    ]  # fmt: skip
-    rows.append(("allocated", "", "", "", "", format_mib(one.allocated_bytes)))
-    columns = ("alive at the peak", "category", "shape", "dtype", "count", "MiB")
+    ]
+    rows.append(("allocated", format_mib(one.allocated_bytes), "", "", "", ""))
+    columns = ("alive at the peak", "MiB", "count", "shape", "dtype", "category")
     inner = table(columns, rows, "A count of 12 is one in each of 12 blocks", ("count", "MiB"))
     return tag("details", tag("summary", f"All {len(one.tensors)} rows of what is alive then"), inner)
 
@@ -163,7 +174,7 @@ def provenance(one: Estimate | None, profile: GpuProfile | None) -> Iterator[Par
     yield bullets(lines)
     if profile is not None:
         rows = [(key, shown(getattr(profile, key, "")), text) for key, text in profile.sources.items()]
-        yield table(("number", "value", "source"), rows, f"{profile.title}")
+        yield table(("number", "value", "source"), rows, f"{profile.title}", prose=True)
 
 
 def shown(value: object) -> str:

@@ -16,10 +16,11 @@ p { margin: .4rem 0; }
 code { font: .9em ui-monospace, monospace; overflow-wrap: anywhere; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .9rem; width: 100%; font-variant-numeric: tabular-nums; }
-caption { text-align: left; color: var(--quiet); padding: .2rem 0; }
+caption { text-align: left; color: var(--quiet); padding: .2rem 0; white-space: normal; max-width: calc(100vw - 2rem); }
 th, td { text-align: left; vertical-align: top; padding: .2rem .8rem .2rem 0; border-bottom: 1px solid var(--line); }
 th { font-weight: 600; } .number { text-align: right; white-space: nowrap; }
-tbody tr.chosen { background: var(--field); }
+td, th { white-space: nowrap; } td:first-child, .prose td { white-space: normal; }
+.prose td:first-child { overflow-wrap: anywhere; }
 dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); gap: .5rem; margin: .8rem 0; }
 dl > div { background: var(--field); padding: .5rem .7rem; border-radius: .3rem; }
 dt { color: var(--quiet); font-size: .85rem; } dd { margin: 0; font-size: 1.1rem; }
@@ -34,7 +35,7 @@ figure { margin: 1rem 0; }
 .line { stroke: var(--text); fill: none; vector-effect: non-scaling-stroke; }
 .dash { stroke-dasharray: 6 4; } .grid { stroke: var(--line); vector-effect: non-scaling-stroke; }
 .base { fill: var(--base); }
-.strip { position: relative; height: 2.4rem; margin-left: 3.4rem; font-size: .78rem; line-height: 1.1; }
+.strip { position: relative; height: 2.4rem; margin-left: 3.4rem; font-size: .7rem; line-height: 1.1; }
 .strip span { position: absolute; overflow: hidden; height: 100%; border-left: 1px solid var(--line); padding: .15rem; }
 .strip.parts { height: 2.2rem; } .strip .is-peak { background: var(--field); font-weight: 600; }
 .instant { display: flex; gap: .6rem; align-items: center; margin-left: 3.4rem; }
@@ -56,8 +57,13 @@ button { font: inherit; color: inherit; background: var(--field); border: 1px so
 .bars > b { border-right: 1px solid var(--quiet); display: grid; }
 details { margin: .5rem 0; } summary { cursor: pointer; }
 @media (max-width: 40rem) {
-  .strip { height: 6rem; } .strip span { writing-mode: vertical-rl; padding: .2rem 0; }
-  .strip.parts { height: 3.6rem; } .strip.parts span { writing-mode: initial; padding: .15rem; }
+  .strip { height: 6.4rem; } .strip span { writing-mode: vertical-rl; padding: .2rem 0; white-space: nowrap; }
+  .strip.parts { height: 3.6rem; } .strip.parts span { writing-mode: initial; white-space: normal;
+    overflow-wrap: anywhere; }
+  .prose thead { display: none; } .prose tr { display: flex; flex-wrap: wrap; gap: 0 .8rem; align-items: center;
+    border-bottom: 1px solid var(--line); padding: .3rem 0; } .prose td { border: 0; padding: 0; }
+  .prose td:first-child, .prose td:last-child { flex: 1 0 100%; } .prose td:empty { display: none; }
+  .prose td:last-child { color: var(--quiet); }
   .plot { height: 16rem; } .plot .limit { font-size: .72rem; } }
 @media print { :root { color-scheme: light; --page: #fff; --text: #000; --quiet: #444; --line: #bbb; --field: #f3f3f1;
   --good: #176b36; --bad: #b3261e; --base: #a9a9a9; }
@@ -81,11 +87,11 @@ for (const figure of document.querySelectorAll("figure[data-timeline]")) {
     words.textContent = text;
     cursor.setAttribute("transform", "translate(" + one.x * 1000 + " 0)");
     body.replaceChildren(...one.rows.map(([number, count]) => {
-      const [name, category, shape, dtype, each] = given.buffers[number], row = document.createElement("tr");
-      [name, category, shape, dtype, String(count), mib(each * count)].forEach((value, column) => {
+      const [name, shape, dtype, category, each] = given.buffers[number], row = document.createElement("tr");
+      [name, mib(each * count), String(count), shape, dtype, category].forEach((value, column) => {
         const cell = document.createElement("td");
         cell.textContent = value;
-        if (column > 3) cell.className = "number";
+        if (column === 1 || column === 2) cell.className = "number";
         row.append(cell);
       });
       return row;

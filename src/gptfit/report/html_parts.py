@@ -56,12 +56,22 @@ def data(value: object) -> Html:
     return Html('<script type="application/json">' + text.replace("<", "\\u003c") + "</script>")
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[Part]], caption: str, right: Sequence[str] = ()) -> Html:
-    """A table that scrolls by itself where it is wider than the page; columns in `right` are numbers."""
+def table(
+    columns: Sequence[str],
+    rows: Iterable[Sequence[Part]],
+    caption: str,
+    right: Sequence[str] = (),
+    prose: bool = False,
+) -> Html:
+    """A table that scrolls by itself where it is wider than the page; columns in `right` are numbers.
+
+    `prose`: the last column is text, and goes below the others on a narrow screen.
+    """
     sides = ["number" if column in right else None for column in columns]
     head = tag("tr", (tag("th", column, scope="col", class_=side) for column, side in zip(columns, sides, strict=True)))
     body = (tag("tr", (tag("td", cell, class_=side) for cell, side in zip(row, sides, strict=True))) for row in rows)
-    inner = tag("table", tag("caption", caption), tag("thead", head), tag("tbody", body))
+    kind = "prose" if prose else None
+    inner = tag("table", tag("caption", caption), tag("thead", head), tag("tbody", body), class_=kind)
     return tag("div", inner, class_="scroll", tabindex=0, role="region", aria_label=caption)
 
 

@@ -174,7 +174,9 @@ def levers_table(levers: Sequence[LeverEffect]) -> Html:
         for lever in levers
     )
     columns = ("change", "less | more memory", "MiB", "time", "then", "why")
-    return table(columns, rows, "Each by estimating the run again; * changes the numbers of training", ("MiB", "time"))
+    return table(
+        columns, rows, "Each by estimating the run again; * changes the numbers of training", ("MiB", "time"), True
+    )
 
 
 def bar(delta_bytes: int, largest: int) -> Html:

@@ -9,8 +9,8 @@ from gptfit.report.timeline import Instant, Span, Timeline
 from gptfit.units import GiB, MiB, format_bytes, format_mib
 
 WIDTH, HEIGHT = 1000, 1000  # of the drawing, which is stretched to the page
-COLUMNS = ("alive", "category", "shape", "dtype", "count", "MiB")
-RIGHT = ("count", "MiB")
+COLUMNS = ("alive", "MiB", "count", "shape", "dtype", "category")
+RIGHT = ("MiB", "count")
 
 
 def timeline_figure(estimate: Estimate, drawn: Timeline, title: str) -> Html:
@@ -150,11 +150,12 @@ def legend(peak: Instant, base_bytes: int) -> Html:
 
 def rows(instant: Instant) -> Iterator[tuple[str, ...]]:
     for buffer, count in instant.largest:
-        yield (*described(buffer), f"{count}", format_mib(buffer.n_bytes * count))
+        name, *rest = described(buffer)
+        yield (name, format_mib(buffer.n_bytes * count), f"{count}", *rest)
 
 
 def described(buffer: Buffer) -> tuple[str, str, str, str]:
-    return buffer.name, buffer.category, " × ".join(map(str, buffer.shape)), buffer.dtype
+    return buffer.name, " × ".join(map(str, buffer.shape)), buffer.dtype, buffer.category
 
 
 def record(drawn: Timeline) -> dict[str, object]:

@@ -13,7 +13,7 @@ from gptfit.memory.tape import Buffer, Event, Item, Loop, Mark, Tape
 # Instants drawn: more than a phone has columns, few enough for a small file. The largest of each stretch is kept.
 MAX_INSTANTS = 360
 # Of the width, what a phase gets at least: the loss is a few events, and decides.
-LEAST_SHARE = 0.07
+LEAST_SHARE = 0.09
 LARGEST = 8  # rows of a live set
 
 
