@@ -160,12 +160,8 @@ def program_of(program: str | None, source: "ConfigSource | None" = None) -> str
     return program
 
 
-def refuse_save(save: str | None) -> None:
-    """Raises GptfitError for a --save beside several cards: there is no one run to write."""
-    if save is not None:
-        raise GptfitError("--save writes the run of one card", "name that card alone: --gpu rtx4070")
-
-
-def options_of(**given: str | None) -> list[str]:
-    """`--gpu rtx4070 --reserve 1GiB`: those that have a value, as they would be typed."""
-    return [word for name, value in given.items() if value is not None for word in (f"--{name}", value)]
+def for_one_card(**files: str | None) -> None:
+    """Raises GptfitError for a file of one run, asked of several cards; files by the name of their option."""
+    for name, file in files.items():
+        if file is not None:
+            raise GptfitError(f"--{name} writes the run of one card", "name that card alone: --gpu rtx4070")

@@ -51,6 +51,8 @@ class CardPlan:
             "gpu": need.budget.to_json() if need.budget else None,
             "verdict": need.verdict,
             "margin_bytes": need.margin_bytes,
+            "certain": need.certain,
+            "interval": need.interval.to_json(),
             "missing_bytes": self.missing_bytes,
             "choice": dict(self.choice) if self.fits else None,
             "smallest": None if self.fits else dict(self.choice),
@@ -69,8 +71,8 @@ class CardPlan:
 
 @dataclass(frozen=True, slots=True)
 class Shortlist:
-    """Cards, best first: those that fit by speed, before those that fit only with other numerics; then what lacks
-    least."""
+    """Cards, best first: by speed those that fit for sure, before those that do only with other numerics, before those
+    that do within the error of the estimate; then what lacks least."""
 
     tokens_per_step: int
     cards: tuple[CardPlan, ...]
@@ -123,25 +125,38 @@ def shortlist(
     allow: Sequence[str] = (),
     keep: Sequence[str] = (),
     goal: Goal | None = None,
+    risk: float | None = None,
 ) -> Shortlist:
     """The choice on each card is `plan`'s. Raises GptfitError as `plan` does."""
     tokens = checked_tokens(source.run, tokens_per_step, allow)
-    found = [plan_card(source, card, tokens, allow, keep, goal) for card in cards]
-    found.sort(key=lambda plan: (plan.missing_bytes, plan.fits and plan.changes_numerics, -plan.tokens_per_second))
+    found = [plan_card(source, card, tokens, allow, keep, goal, risk) for card in cards]
+    found.sort(key=rank)
     return Shortlist(tokens, tuple(found))
 
 
+def rank(plan: CardPlan) -> tuple[float, ...]:
+    if not plan.fits:
+        return (1, plan.missing_bytes)
+    return (0, plan.estimate.certain is False, plan.changes_numerics, -plan.tokens_per_second)
+
+
 def plan_card(
-    source: ConfigSource, card: Card, tokens: int, allow: Sequence[str], keep: Sequence[str], goal: Goal | None
+    source: ConfigSource,
+    card: Card,
+    tokens: int,
+    allow: Sequence[str],
+    keep: Sequence[str],
+    goal: Goal | None,
+    risk: float | None,
 ) -> CardPlan:
     profile = card.profile
     budget = Budget(profile.name, profile.total_bytes, card.reserve_bytes)
-    search = Search(under_program(source.run, "gptfit"), profile, budget, tokens, finalists=1)
+    search = Search(under_program(source.run, "gptfit"), profile, budget, tokens, risk, finalists=1)
     found, notes = choices(search, source, allow, keep)
     if found:
         choice, chosen = found[0].choice, found[0].estimate
     else:
-        choice, chosen = smallest(search, source, card, keep)
+        choice, chosen = smallest(search, source, card, keep, risk)
     target = None
     if goal is not None and found and chosen.speed is not None:
         target = reach(goal, chosen.speed, profile, found[0].run.n_gpus)
@@ -150,10 +165,10 @@ def plan_card(
 
 
 def smallest(
-    search: Search, source: ConfigSource, card: Card, keep: Iterable[str]
+    search: Search, source: ConfigSource, card: Card, keep: Iterable[str], risk: float | None
 ) -> tuple[Mapping[str, object], Estimate]:
     """Of everything that may be chosen, one sequence at a time, what needs least."""
     combinations = options(source.run, frozenset(keep), tuple(LAST_RESORT))
     combination = min(combinations, key=lambda choice: steady_peak(search.derived(choice, 1), "gptfit")[0])
     run = search.derived(combination, 1)
-    return {**combination, **split(run, 1)}, estimate(run, "gptfit", card.profile, card.reserve_bytes)
+    return {**combination, **split(run, 1)}, estimate(run, "gptfit", card.profile, card.reserve_bytes, risk)

@@ -27,9 +27,9 @@ from gptfit.options import (
     Verbose,
     Words,
     asked_for,
+    for_one_card,
     options_of,
     program_of,
-    refuse_save,
 )
 
 app = typer.Typer()
@@ -77,9 +77,9 @@ def plan(
         from gptfit.report.shortlist import after_shortlist, shortlist_view
         from gptfit.shortlist import find_cards, shortlist
 
-        refuse_save(save)
+        for_one_card(save=save, html=html)
         cards = find_cards(names, reserve)
-        listed = shortlist(source, cards, tokens_per_step, allow or (), keep or (), goal)
+        listed = shortlist(source, cards, tokens_per_step, allow or (), keep or (), goal, risk)
         view = shortlist_view(listed, source.run, verbose), notes_view(source, None, verbose)
         respond(json, listed.to_json, *view, after_shortlist(listed, source, asked))
         return YES if listed.verdict == "fits" else NO

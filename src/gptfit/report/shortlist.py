@@ -87,12 +87,15 @@ def rows_view(fitting: Sequence[CardPlan], run: RunConfig, verbose: bool) -> Ite
     yield Text(text, style=QUIET)
     if any(plan.changes_numerics for plan in shown):
         yield Text("  * changes the numbers of training, not only its memory", style=QUIET)
+    if any(plan.estimate.certain is False for plan in shown):
+        yield Text("  ? fits, but within the error of the estimate", style=QUIET)
 
 
 def row(plan: CardPlan, run: RunConfig) -> tuple[str, ...]:
     speed = plan.estimate.speed
     batch = f"{plan.choice['batch_size']} × {plan.choice['gradient_accumulation_steps']}"
-    cells = [plan.name, batch, levers_text(plan.choice, run), f"{plan.tokens_per_second:,.0f}"]
+    doubt = " ?" if plan.estimate.certain is False else ""
+    cells = [plan.name + doubt, batch, levers_text(plan.choice, run), f"{plan.tokens_per_second:,.0f}"]
     cells.append(f"{short(speed.low)} – {short(speed.high)}" if speed else "")
     if (target := plan.target) is not None:
         cells.append(significant(target.seconds / DAY))
