@@ -43,8 +43,9 @@ class Lion(torch.optim.Optimizer):
                 state = self.state[parameter]
                 if not state:
                     state["exp_avg"] = torch.zeros_like(parameter)
-                update = state["exp_avg"].lerp(parameter.grad, 1 - beta1).sign_()
-                parameter.mul_(1 - lr * group["weight_decay"]).add_(update, alpha=-lr)
+                parameter.mul_(1 - lr * group["weight_decay"])
+                # No variable holds the update: it would live on beside the next parameter's.
+                parameter.add_(state["exp_avg"].lerp(parameter.grad, 1 - beta1).sign_(), alpha=-lr)
                 state["exp_avg"].lerp_(parameter.grad, 1 - beta2)
 
 

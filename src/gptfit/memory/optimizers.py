@@ -1,24 +1,34 @@
 """What an optimizer keeps for each parameter, and what its step allocates for a moment.
 
-One record an optimizer. Sources: torch/optim/*.py of torch 2.13; each is stepped on a CPU and compared.
+One record an optimizer. A step is written as the code that it mirrors, line by line: a local variable holds its
+tensor until it is assigned again, so in a loop over parameters the last one's lives on beside the next one's.
+Sources: torch/optim/{adam,sgd,_adafactor,_muon}.py of torch 2.13 and optim.py; compared with traces, to the byte.
 """
 
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from gptfit.config import RunConfig
 from gptfit.memory.autograd import Parameter
-from gptfit.memory.tape import Buffer, Event, Item, Loop, make_buffer
+from gptfit.memory.scratch import Scratch, per_parameter
+from gptfit.memory.tape import Buffer, Item, make_buffer
+
+NEWTON_SCHULZ_STEPS = 5  # torch.optim.Muon's default
 
 
 @dataclass(frozen=True, slots=True)
 class Optimizer:
-    """`states` are a parameter's state tensors for one implementation. A step holds `foreach_copies` lists as large
-    as the parameters stepped together, or `loop_copies` buffers as large as one parameter, in the parameters' dtype."""
+    """`states` are a parameter's state tensors; `step` writes the temporaries of a step over `params`."""
 
-    states: Callable[[Parameter, str], list[Buffer]]
-    foreach_copies: int
-    loop_copies: int
+    states: Callable[[Parameter, RunConfig], list[Buffer]]
+    step: Callable[[Scratch, list[Parameter], RunConfig], None]
+
+
+def decay_groups(params: list[Parameter]) -> list[list[Parameter]]:
+    """Matrices, which decay, are stepped before the rest (optim.py)."""
+    groups = ([p for p in params if len(p.shape) >= 2], [p for p in params if len(p.shape) < 2])
+    return [group for group in groups if group]
 
 
 def state(param: Parameter, name: str, shape: tuple[int, ...] | None = None, dtype: str = "") -> Buffer:
@@ -27,29 +37,126 @@ def state(param: Parameter, name: str, shape: tuple[int, ...] | None = None, dty
     )
 
 
-def adamw_states(param: Parameter, impl: str) -> list[Buffer]:
-    """Two moments; the step counter lives on the device in the fused implementation alone (torch/optim/adamw.py)."""
-    counter = [state(param, "step", (), "float32")] if impl == "fused" else []
+def adamw_states(param: Parameter, run: RunConfig) -> list[Buffer]:
+    """Two moments; the step counter lives on the device in the fused implementation alone."""
+    counter = [state(param, "step", (), "float32")] if run.optimizer_impl == "fused" else []
     return [*counter, state(param, "exp_avg"), state(param, "exp_avg_sq")]
 
 
-def adamw8bit_states(param: Parameter, impl: str) -> list[Buffer]:
-    """One byte an element and an fp32 scale for each 256, from 4,096 elements on (torchao/optim/adam.py)."""
+def adamw_step(w: Scratch, params: list[Parameter], run: RunConfig) -> None:
+    for group in decay_groups(params):
+        if run.optimizer_impl == "foreach":
+            w.listed(group, "square root")
+        elif run.optimizer_impl == "for-loop":
+            _adamw_loop(w, group)
+
+
+def _adamw_loop(w: Scratch, params: list[Parameter]) -> None:
+    denominator = None
+    for param in w.each(params):
+        root = w.new(param, "square root")
+        denominator = w.new(param, "denominator")
+        del root
+    del denominator
+
+
+def is_quantized(param: Parameter) -> bool:
     n = math.prod(param.shape)
-    if n < 4096 or n % 256:
-        return [state(param, "exp_avg"), state(param, "exp_avg_sq")]
+    return n >= 4096 and n % 256 == 0
+
+
+def adamw8bit_states(param: Parameter, run: RunConfig) -> list[Buffer]:
+    """One byte an element, an fp32 scale for each 256 and a table of 256 values, from 4,096 elements on
+    (torchao/optim/adam.py and subclass_8bit.py of torchao 0.18)."""
     moments = ("exp_avg", "exp_avg_sq")
-    codes = [state(param, f"{moment} codes", None, "uint8") for moment in moments]
-    scales = [state(param, f"{moment} scales", (n // 256,), "float32") for moment in moments]
-    return [*codes, *scales]
+    if not is_quantized(param):
+        return [state(param, moment) for moment in moments]
+    scales = (math.prod(param.shape) // 256,)
+    return [
+        buffer
+        for moment in moments
+        for buffer in (
+            state(param, f"{moment} codes", None, "uint8"),
+            state(param, f"{moment} scales", scales, "float32"),
+            state(param, f"{moment} table", (256,), "float32"),
+        )
+    ]
 
 
-def adafactor_states(param: Parameter, impl: str) -> list[Buffer]:
-    """A row and a column of a matrix, the whole of a vector (torch/optim/_adafactor.py)."""
+def adamw8bit_step(w: Scratch, params: list[Parameter], run: RunConfig) -> None:
+    """torchao compiles its step for one parameter at a time. What inductor allocates for a CPU: both moments
+    as scaled fp32 values, which wait for the largest of each 256, and their new scales.
+
+    An upper bound: on a GPU one kernel may keep 256 values in registers, and then nothing but the scales is left.
+    bitsandbytes, where it stands in, allocates nothing.
+    """
+    for group in decay_groups(params):
+        for param in w.each([p for p in group if is_quantized(p)]):
+            blocks = math.prod(param.shape) // 256
+            held = [
+                w.new(param, what, shape, "float32")
+                for what, shape in (
+                    ("exp_avg new scales", (blocks,)),
+                    ("exp_avg_sq new scales", (blocks,)),
+                    ("scaled exp_avg", (blocks, 256)),
+                    ("scaled exp_avg_sq", (blocks, 256)),
+                )
+            ]
+            del held
+
+
+def adafactor_states(param: Parameter, run: RunConfig) -> list[Buffer]:
+    """A row and a column of a matrix, the whole of a vector."""
     if len(param.shape) < 2:
         return [state(param, "variance")]
     rows, columns = param.shape
     return [state(param, "row_var", (rows, 1)), state(param, "col_var", (1, columns))]
+
+
+def adafactor_step(w: Scratch, params: list[Parameter], run: RunConfig) -> None:
+    """It has no fused form; optim.py runs foreach instead."""
+    for group in decay_groups(params):
+        (_adafactor_loop if run.optimizer_impl == "for-loop" else _adafactor_foreach)(w, group)
+
+
+def _adafactor_foreach(w: Scratch, params: list[Parameter]) -> None:
+    for param in w.each(params):
+        w.new(param, "norm", ())
+    if len(params[0].shape) >= 2:
+        w.listed(params, "row_mean", lambda p: (p.shape[0], 1))
+        w.listed(params, "col_mean", lambda p: (1, p.shape[1]))
+        estimates = w.listed(params, "var_estimate")
+        w.listed(params, "mean of row_var", lambda p: (1, 1))
+    else:
+        w.listed(params, "grad_squared")
+        estimates = w.listed(params, "var_estimate")
+    for param in w.each(params):
+        w.new(param, "norm", ())
+    del estimates
+
+
+def _adafactor_loop(w: Scratch, params: list[Parameter]) -> None:
+    row_mean = col_mean = squared = estimate = update = None
+    for param in w.each(params):
+        w.new(param, "norm", ())
+        if len(param.shape) >= 2:
+            rows, columns = param.shape
+            row_mean = w.new(param, "row_mean", (rows, 1))
+            col_mean = w.new(param, "col_mean", (1, columns))
+            estimate = w.new(param, "var_estimate")
+            w.new(param, "mean of row_var", (1, 1))
+        else:
+            squared = w.new(param, "grad_squared")
+            estimate = w.new(param, "var_estimate")
+        update = estimate
+        w.new(param, "norm", ())
+    del row_mean, col_mean, squared, estimate, update
+
+
+def lion_step(w: Scratch, params: list[Parameter], run: RunConfig) -> None:
+    for group in decay_groups(params):
+        for param in w.each(group):
+            w.new(param, "update")
 
 
 def is_muons(param: Parameter) -> bool:
@@ -57,43 +164,57 @@ def is_muons(param: Parameter) -> bool:
     return len(param.shape) == 2 and "*" in param.name
 
 
-def muon_states(param: Parameter, impl: str) -> list[Buffer]:
-    return [state(param, "momentum_buffer")] if is_muons(param) else adamw_states(param, impl)
+def muon_states(param: Parameter, run: RunConfig) -> list[Buffer]:
+    return [state(param, "momentum_buffer")] if is_muons(param) else adamw_states(param, run)
+
+
+def muon_step(w: Scratch, params: list[Parameter], run: RunConfig) -> None:
+    update = None
+    for param in w.each([param for param in params if is_muons(param)]):
+        update = w.new(param, "update")
+        update = _newton_schulz(w, param, update)
+    del update
+    adamw_step(w, [param for param in params if not is_muons(param)], run)
+
+
+def _newton_schulz(w: Scratch, param: Parameter, update: object) -> object:
+    """Orthogonalises in bf16; an update that is bf16 already is not copied."""
+    side = (min(param.shape),) * 2
+    ortho = update if param.dtype == "bfloat16" else w.new(param, "orthogonal", None, "bfloat16")
+    norm = w.new(param, "norm", (), "bfloat16")
+    clamped = w.new(param, "clamped norm", (), "bfloat16")
+    del norm, clamped
+    gram = gram_update = None
+    for _ in range(NEWTON_SCHULZ_STEPS):
+        gram = w.new(param, "gram matrix", side, "bfloat16")
+        gram_update = w.new(param, "gram update", side, "bfloat16")
+        ortho = w.new(param, "orthogonal", None, "bfloat16")
+    del gram, gram_update
+    return ortho
+
+
+def sgd_states(param: Parameter, run: RunConfig) -> list[Buffer]:
+    return [state(param, "momentum_buffer")] if run.momentum else []
+
+
+def sgd_step(w: Scratch, params: list[Parameter], run: RunConfig) -> None:
+    """Weight decay is added to a copy of the gradients, but for the fused implementation."""
+    decaying = [param for param in params if len(param.shape) >= 2 and run.weight_decay]
+    if run.optimizer_impl == "foreach":
+        w.listed(decaying, "decayed gradient")
+    elif run.optimizer_impl == "for-loop":
+        for param in w.each(decaying):
+            w.new(param, "decayed gradient")
 
 
 OPTIMIZERS = {
-    # foreach: _foreach_sqrt(exp_avg_sq) is a list as large as the parameters; for-loop: the square root
-    # and its quotient of one parameter; fused: nothing.
-    "adamw": Optimizer(adamw_states, foreach_copies=1, loop_copies=2),
-    "adamw8bit": Optimizer(adamw8bit_states, foreach_copies=0, loop_copies=4),
-    "adafactor": Optimizer(adafactor_states, foreach_copies=2, loop_copies=3),
-    "lion": Optimizer(lambda param, impl: [state(param, "exp_avg")], foreach_copies=0, loop_copies=1),
-    "muon": Optimizer(muon_states, foreach_copies=1, loop_copies=3),
-    "sgd": Optimizer(lambda param, impl: [state(param, "momentum_buffer")], foreach_copies=0, loop_copies=0),
+    "adamw": Optimizer(adamw_states, adamw_step),
+    "adamw8bit": Optimizer(adamw8bit_states, adamw8bit_step),
+    "adafactor": Optimizer(adafactor_states, adafactor_step),
+    "lion": Optimizer(lambda param, run: [state(param, "exp_avg")], lion_step),
+    "muon": Optimizer(muon_states, muon_step),
+    "sgd": Optimizer(sgd_states, sgd_step),
 }
-
-# Which implementation each runs, whatever is asked for (optim.py).
-ONLY_IMPL = {"adamw8bit": "for-loop", "lion": "for-loop"}
-
-
-def implementation(name: str, impl: str) -> str:
-    if name == "adafactor" and impl == "fused":
-        return "foreach"
-    return ONLY_IMPL.get(name, impl)
-
-
-def per_parameter(
-    params: Iterable[Parameter], n_layer: int, make: Callable[[Parameter], list[Buffer]], sign: int
-) -> list[Item]:
-    """Events for each parameter in the model's order; those of the blocks as a loop over them."""
-    items: list[Item] = []
-    block: list[Item] = []
-    for param in params:
-        into = block if "*" in param.name else items
-        if into is block and not block:
-            items.append(Loop(n_layer, block))
-        into.extend(Event(sign, buffer) for buffer in make(param))
-    return items
 
 
 def parameter_items(params: Iterable[Parameter], n_layer: int) -> list[Item]:
@@ -104,67 +225,32 @@ def gradient_items(params: Iterable[Parameter], n_layer: int, sign: int) -> list
     return per_parameter(params, n_layer, lambda param: [param.gradient], sign)
 
 
-def state_items(params: Iterable[Parameter], n_layer: int, name: str, impl: str) -> list[Item]:
+def state_items(params: Iterable[Parameter], run: RunConfig) -> list[Item]:
     """The states, as they are created in the first step."""
-    states = OPTIMIZERS[name].states
-    return per_parameter(params, n_layer, lambda param: states(param, implementation(name, impl)), 1)
+    states = OPTIMIZERS[run.optimizer].states
+    return per_parameter(params, run.n_layer, lambda param: states(param, run), 1)
 
 
-def step_items(params: list[Parameter], n_layer: int, name: str, impl: str) -> list[Item]:
-    """The step's temporaries. Parameters are stepped in two groups: matrices, which decay, then the rest.
-    Muon orthogonalises its matrices one by one."""
-    record = OPTIMIZERS[name]
-    impl = implementation(name, impl)
-    items: list[Item] = []
-    if name == "muon":
-        items += one_by_one([param for param in params if is_muons(param)], n_layer, record.loop_copies)
-        params = [param for param in params if not is_muons(param)]
-    for group in ([p for p in params if len(p.shape) >= 2], [p for p in params if len(p.shape) < 2]):
-        if impl == "foreach":
-            for sign in (1, -1):
-                for copy in range(record.foreach_copies):
-                    items += per_parameter(group, n_layer, _temporary(f"temporary {copy}"), sign)
-        elif impl == "for-loop":
-            items += one_by_one(group, n_layer, record.loop_copies)
-    return items
-
-
-def one_by_one(params: list[Parameter], n_layer: int, copies: int) -> list[Item]:
-    """The last of a parameter's temporaries is a local variable, which lives until the next parameter's is made."""
-    before = [param for param in params if "*" not in param.name]
-    block = [param for param in params if "*" in param.name]
-    return [*_chain(before, copies), *([Loop(n_layer, _chain(block, copies))] if block else [])]
-
-
-def _chain(params: list[Parameter], copies: int) -> list[Item]:
-    items: list[Item] = []
-    last: list[Item] = []
-    for param in params if copies else []:
-        buffers = [buffer for copy in range(copies) for buffer in _temporary(f"temporary {copy}")(param)]
-        items += [Event(1, buffer) for buffer in buffers]
-        items += [Event(-1, buffer) for buffer in buffers[:-1]] + last
-        last = [Event(-1, buffers[-1])]
-    return items + last
+def step_items(params: list[Parameter], run: RunConfig) -> list[Item]:
+    """The temporaries of a step."""
+    w = Scratch(run.n_layer)
+    OPTIMIZERS[run.optimizer].step(w, params, run)
+    return w.items
 
 
 def clip_items(params: list[Parameter], n_layer: int) -> list[Item]:
-    """clip_grad_norm_: one scalar norm for each gradient, stacked, and the total; the scaling is in place."""
-
-    def norm(param: Parameter) -> list[Buffer]:
-        return [make_buffer(f"{param.name} gradient norm", "temporary", (), "float32")]
-
-    n = sum(param.count for param in params)
-    stacked = make_buffer("gradient norms", "temporary", (n,), "float32")
-    scalars = [
-        make_buffer(f"clip {part}", "temporary", (), "float32") for part in ("total norm", "coefficient", "clamped")
-    ]
-    items = per_parameter(params, n_layer, norm, 1)
-    items += [Event(1, stacked), Event(1, scalars[0]), Event(-1, stacked)]
-    items += [Event(1, scalars[1]), Event(1, scalars[2])]
-    items += per_parameter(params, n_layer, norm, -1)
-    items += [Event(-1, scalar) for scalar in scalars]
-    return items
-
-
-def _temporary(label: str) -> Callable[[Parameter], list[Buffer]]:
-    return lambda param: [make_buffer(f"{param.name} {label}", "temporary", param.shape, param.dtype)]
+    """clip_grad_norm_: one scalar norm for each gradient, stacked, and the total; the scaling is in place
+    (torch/nn/utils/clip_grad.py)."""
+    dtype = params[0].dtype
+    w = Scratch(n_layer)
+    norms = w.listed(params, "gradient norm", lambda param: ())
+    stacked = w.scalar("gradient norms", dtype, sum(param.count for param in params))
+    total = w.scalar("total norm", dtype)
+    del norms, stacked
+    shifted = w.scalar("total norm and epsilon", dtype)
+    reciprocal = w.scalar("its reciprocal", dtype)
+    coefficient = w.scalar("coefficient", dtype)
+    del reciprocal, shifted  # divided in Python (Tensor.__rtruediv__), which holds on to its argument
+    clamped = w.scalar("clamped coefficient", dtype)
+    del clamped, coefficient, total
+    return w.items

@@ -108,8 +108,8 @@ def pieces(run: RunConfig, program: str, whole: bool = True, kernels: bool = Fal
         fresh_micro=micro[1],
         next_micro=micro[2],
         clip=optimizers.clip_items(params, n_layer) if run.grad_clip else [],
-        states=optimizers.state_items(params, n_layer, run.optimizer, run.optimizer_impl),
-        step=optimizers.step_items(params, n_layer, run.optimizer, run.optimizer_impl),
+        states=optimizers.state_items(params, run),
+        step=optimizers.step_items(params, run),
         zero_grad=optimizers.gradient_items(params, n_layer, -1),
         parameter_items=[
             *optimizers.parameter_items(params, n_layer),
