@@ -165,3 +165,8 @@ def for_one_card(**files: str | None) -> None:
     for name, file in files.items():
         if file is not None:
             raise GptfitError(f"--{name} writes the run of one card", "name that card alone: --gpu rtx4070")
+
+
+def options_of(**given: str | None) -> list[str]:
+    """`--gpu rtx4070 --reserve 1GiB`: those that have a value, as they would be typed."""
+    return [word for name, value in given.items() if value is not None for word in (f"--{name}", value)]
