@@ -6,6 +6,7 @@ CSS = """
 @media (prefers-color-scheme: dark) { :root { --page: #151617; --text: #ececec; --quiet: #a9a9a9; --line: #44474a;
   --field: #202224; --good: #6fd08c; --bad: #ff8a80; --base: #6b6b6b; } }
 * { box-sizing: border-box; }
+[hidden] { display: none !important; }
 body { margin: 0; background: var(--page); color: var(--text); font: 16px/1.5 system-ui, sans-serif; }
 main { max-width: 62rem; margin: 0 auto; padding: 1rem; }
 h1 { font-size: 1.5rem; line-height: 1.25; margin: .5rem 0; }
@@ -49,7 +50,11 @@ button { font: inherit; color: inherit; background: var(--field); border: 1px so
 .below { margin-top: 1.8rem; }
 .dot { position: absolute; width: 11px; height: 11px; margin: 0 0 -6px -6px; border-radius: 50%; border: 2px solid;
   background: none; padding: 0; }
-.dot.over { opacity: .55; background: none !important; } .dot.given { border-radius: 0; transform: rotate(45deg); }
+.dot.over { border-style: dashed; background: none !important; } .dot.given { border-radius: 0; }
+.dot:focus, .dot:hover { z-index: 1; }
+.dot:focus::after, .dot:hover::after { content: attr(aria-label); position: fixed; left: 1rem; right: 1rem;
+  bottom: 1rem; background: var(--text); color: var(--page); padding: .5rem .8rem; border-radius: .3rem; font-size: .9rem;
+  text-align: left; opacity: 1; }
 .dot.chosen { width: 17px; height: 17px; margin: 0 0 -9px -9px; }
 .bars { display: grid; grid-template-columns: 1fr 1fr; min-width: 9rem; height: 1.2em; }
 .bars i { display: block; height: .8em; margin-top: .3em; }

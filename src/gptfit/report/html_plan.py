@@ -103,7 +103,6 @@ def scatter(plan: Plan, drawn: Sequence[Dot]) -> Html:
             type="button",
             class_=f"dot {one.role}" + ("" if one.estimate.verdict == "fits" else " over"),
             style=place(one) + ("" if one.role != "chosen" else f";background:{one.colour}"),
-            title=dot_text(one),
             aria_label=dot_text(one),
         )
         for one in sorted(drawn, key=lambda one: one.estimate.process_bytes)
@@ -134,7 +133,7 @@ def scatter(plan: Plan, drawn: Sequence[Dot]) -> Html:
 def legend_entries() -> Iterator[Part]:
     for name, colour in zip(KINDS, KIND_COLOURS, strict=True):
         yield tag("i", class_="swatch", style=f"background:{colour}", aria_hidden="true"), name
-    yield "◇ as given", ", pale: does not fit"
+    yield "□ as given; dashed: does not fit"
 
 
 def dot_text(one: Dot) -> str:
