@@ -53,8 +53,8 @@ button { font: inherit; color: inherit; background: var(--field); border: 1px so
 .dot.over { border-style: dashed; background: none !important; } .dot.given { border-radius: 0; }
 .dot:focus, .dot:hover { z-index: 1; }
 .dot:focus::after, .dot:hover::after { content: attr(aria-label); position: fixed; left: 1rem; right: 1rem;
-  bottom: 1rem; background: var(--text); color: var(--page); padding: .5rem .8rem; border-radius: .3rem; font-size: .9rem;
-  text-align: left; opacity: 1; }
+  bottom: 1rem; background: var(--text); color: var(--page); padding: .5rem .8rem; border-radius: .3rem;
+  font-size: .9rem; text-align: left; }
 .dot.chosen { width: 17px; height: 17px; margin: 0 0 -9px -9px; }
 .bars { display: grid; grid-template-columns: 1fr 1fr; min-width: 9rem; height: 1.2em; }
 .bars i { display: block; height: .8em; margin-top: .3em; }
