@@ -169,4 +169,6 @@ def for_one_card(**files: str | None) -> None:
 
 def options_of(**given: str | None) -> list[str]:
     """`--gpu rtx4070 --reserve 1GiB`: those that have a value, as they would be typed."""
-    return [word for name, value in given.items() if value is not None for word in (f"--{name}", value)]
+    return [
+        word for name, value in given.items() if value is not None for word in (f"--{name.replace('_', '-')}", value)
+    ]

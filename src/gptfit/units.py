@@ -82,11 +82,12 @@ def format_count(count: int) -> str:
     return f"{count:,}"
 
 
-def format_time(seconds: float, *others: float) -> tuple[str, ...]:
-    """Lengths of time in the unit that a person would plan the first in: `40 minutes`, `31 hours`, `6.4 days`."""
+def format_time(seconds: float, *ends: float) -> str:
+    """A length of time, and its interval, in the unit that a person would plan it in: `31 hours (22 to 44)`."""
     units = ((86400, "days"), (3600, "hours"), (60, "minutes"))
     unit, name = next(((unit, name) for unit, name in units if seconds >= 2 * unit), (1, "seconds"))
-    return tuple(f"{significant(length / unit)} {name}" for length in (seconds, *others))
+    interval = f" ({' to '.join(significant(end / unit) for end in ends)})" if ends else ""
+    return f"{significant(seconds / unit)} {name}{interval}"
 
 
 def significant(number: float) -> str:

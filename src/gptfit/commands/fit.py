@@ -81,7 +81,8 @@ def plan(
         cards = find_cards(names, reserve)
         listed = shortlist(source, cards, tokens_per_step, allow or (), keep or (), goal, risk)
         view = shortlist_view(listed, source.run, verbose), notes_view(source, None, verbose)
-        respond(json, listed.to_json, *view, after_shortlist(listed, source, asked))
+        options = options_of(program=program, reserve=reserve, tokens=tokens, price=price, price_per_kwh=price_per_kwh)
+        respond(json, listed.to_json, *view, after_shortlist(listed, asked, options))
         return YES if listed.verdict == "fits" else NO
     card = need_card(gpu, reserve, "plan")
     answer = make_plan(source, card.profile, card.reserve_bytes, tokens_per_step, allow or (), keep or (), risk)

@@ -7,7 +7,6 @@ from rich.text import Text
 
 from gptfit.asked import Asked
 from gptfit.config import RunConfig
-from gptfit.door import ConfigSource
 from gptfit.plan import LAST_RESORT
 from gptfit.report.target import DAY, has_price, money, target_line
 from gptfit.report.terminal import QUIET, commands, headline, table, title
@@ -37,8 +36,11 @@ def shortlist_view(answer: Shortlist, run: RunConfig, verbose: bool = False) -> 
     yield headline(answer.verdict, headline_text(answer))
     if fitting:
         best, least = fitting[0], smallest_of(fitting)
+        n_changed = sum(plan.changes_numerics for plan in fitting)
+        if n_changed:
+            yield Text(f"Only if the numbers of training change (*): {n_changed} of them.")
         if least is not best:
-            yield Text(f"The smallest that does: {least.name}, {usable_text(least)} usable.")
+            yield Text(f"The smallest that fits{' as it is' if n_changed else ''}: {least.name}, {usable_text(least)}.")
         if best.target is not None:
             yield Text(target_line(best.target, best.name))
         yield Text("")
@@ -57,6 +59,16 @@ def shortlist_view(answer: Shortlist, run: RunConfig, verbose: bool = False) -> 
         ]
         yield table(("card", "usable", "needed", "missing"), rows, right=("usable", "needed", "missing"))
         yield from left_out(len(failing) - len(shown))
+    yield from card_notes(answer.cards)
+
+
+def card_notes(cards: Sequence[CardPlan]) -> Iterator[RenderableType]:
+    """What is known of each card, that of the usual desktop once for all."""
+    usual = [plan for plan in cards if 0 < plan.card.reserve_bytes == plan.card.profile.display_bytes]
+    notes = [note for plan in cards if plan not in usual for note in plan.card.notes]
+    if usual:
+        notes.append(f"{len(usual)} cards have room left for a desktop; --reserve 0 where there is none")
+    yield from (Text(f"note: {note}", style=QUIET) for note in notes)
 
 
 def smallest_of(fitting: Sequence[CardPlan]) -> CardPlan:
@@ -70,9 +82,8 @@ def headline_text(answer: Shortlist) -> str:
     if not fitting:
         nearest = min(answer.cards, key=lambda plan: plan.missing_bytes)
         return f"none of {n_cards} cards; the nearest is {nearest.name}, short by {format_bytes(nearest.missing_bytes)}"
-    best, n_changed = fitting[0], sum(plan.changes_numerics for plan in fitting)
-    only = f", {n_changed} only with *" if n_changed else ""
-    return f"{len(fitting)} of {n_cards} cards{only}; fastest: {best.name}, {best.tokens_per_second:,.0f} tokens/s"
+    best = fitting[0]
+    return f"{len(fitting)} of {n_cards} cards; fastest: {best.name}, {best.tokens_per_second:,.0f} tokens/s"
 
 
 def rows_view(fitting: Sequence[CardPlan], run: RunConfig, verbose: bool) -> Iterator[RenderableType]:
@@ -83,8 +94,7 @@ def rows_view(fitting: Sequence[CardPlan], run: RunConfig, verbose: bool) -> Ite
     rows = [row(plan, run) for plan in shown]
     yield table(columns, rows, right=("batch", "tokens/s", "from – to", "days", "cost"))
     yield from left_out(len(fitting) - len(shown))
-    text = "  batch: micro-batch × accumulation; speeds whose from – to overlap are hardly told apart"
-    yield Text(text, style=QUIET)
+    yield Text("  batch is micro-batch × accumulation; where from – to overlap, it is a draw", style=QUIET)
     if any(plan.changes_numerics for plan in shown):
         yield Text("  * changes the numbers of training, not only its memory", style=QUIET)
     if any(plan.estimate.certain is False for plan in shown):
@@ -131,7 +141,7 @@ def left_out(n_cards: int) -> Iterator[RenderableType]:
         yield Text(f"  {n_cards} more; -v lists them", style=QUIET)
 
 
-def after_shortlist(answer: Shortlist, source: ConfigSource, asked: Asked) -> Iterator[RenderableType]:
-    """The whole plan of the best card."""
+def after_shortlist(answer: Shortlist, asked: Asked, options: Sequence[str]) -> Iterator[RenderableType]:
+    """The whole plan of the best card, with the same options."""
     if answer.fitting:
-        yield from commands((asked.gptfit("plan", {}, "--gpu", answer.fitting[0].name),))
+        yield from commands((asked.gptfit("plan", {}, "--gpu", answer.fitting[0].name, *options),))

@@ -16,39 +16,42 @@ def target_view(target: Target | None) -> Iterator[RenderableType]:
     if target is None:
         return
     yield title(f"To {format_count(target.goal.n_tokens)} tokens")
-    seconds, low, high = format_time(target.seconds, target.low_seconds, target.high_seconds)
-    rows = [("time", seconds, f"({low} to {high})"), ("energy", *energy_cells(target))]
+    rows = [("time", time_text(target)), ("energy", energy_text(target))]
     if has_price(target.goal):
-        rows.append(("cost", *cost_cells(target)))
-    yield table(("", " ", "  "), rows, right=(" ",))
+        rows.append(("cost", cost_text(target)))
+    yield table(("", " "), rows)
 
 
-def energy_cells(target: Target) -> tuple[str, str]:
-    if target.energy_kwh is None:
-        return "–", "the profile has no power limit for this card"
-    cards = f"{target.n_gpus} cards" if target.n_gpus > 1 else "the card"
-    limit = f"{target.power_watts:,.0f} W" + (" each" if target.n_gpus > 1 else "")
-    return f"{significant(target.energy_kwh)} kWh", f"{cards} at the power limit, {limit}, the computer not counted"
+def time_text(target: Target) -> str:
+    return format_time(target.seconds, target.low_seconds, target.high_seconds)
 
 
-def cost_cells(target: Target) -> tuple[str, str]:
+def energy_text(target: Target) -> str:
+    if target.energy_kwh is None or target.power_watts is None:
+        return "not known: this card's profile has no power limit"
+    cards = f"{target.n_gpus} cards, each" if target.n_gpus > 1 else "the card"
+    return (
+        f"{significant(target.energy_kwh)} kWh: {cards} at the power limit of {target.power_watts:,.0f} W all the time"
+    )
+
+
+def cost_text(target: Target) -> str:
     goal = target.goal
     if target.cost is None or target.cost_range is None:
-        return "–", "no energy to price; --price takes that of an hour"
+        return "not known, as the energy is not; --price takes the money of an hour"
     low, high = target.cost_range
     per = f"{goal.price:g} an hour and card" if goal.price is not None else f"{goal.price_per_kwh:g} a kWh"
-    return money(target.cost), f"({money(low)} to {money(high)}) at {per}"
+    return f"{money(target.cost)} ({money(low)} to {money(high)}) at {per}"
 
 
 def target_line(target: Target, name: str) -> str:
     """The same in one sentence, for the best of several cards."""
-    seconds, low, high = format_time(target.seconds, target.low_seconds, target.high_seconds)
-    text = f"{format_count(target.goal.n_tokens)} tokens take it {seconds} ({low} to {high})"
+    text = f"{format_count(target.goal.n_tokens)} tokens on {name}: {time_text(target)}"
     if target.energy_kwh is not None:
         text += f", {significant(target.energy_kwh)} kWh at the power limit"
     if target.cost is not None:
         text += f", cost {money(target.cost)}"
-    return f"{name}: {text}."
+    return f"{text}."
 
 
 def has_price(goal: Goal) -> bool:
