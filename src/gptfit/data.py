@@ -21,6 +21,7 @@ from torch import Tensor
 from gptfit.config import RunConfig
 from gptfit.errors import GptfitError
 from gptfit.prepare import META, prepare
+from gptfit.shards import Shards, open_shards, shard_path, windows
 from gptfit.stdlib import default_folder
 
 __all__ = ["TRAIN", "VAL", "Dataset", "load_batch", "open_dataset", "prepare", "sequence_starts"]
@@ -34,6 +35,9 @@ GPT2_VOCAB = 50257
 
 MAX_PICKLE_BYTES = 16 * 1024 * 1024
 
+# What is mapped into memory: one file, or several read as one.
+Tokens = np.ndarray | Shards
+
 PREPARE_HINT = "make one with: gptfit data prepare FILE-OR-FOLDER … --out DIR"
 
 
@@ -42,13 +46,13 @@ class Dataset:
     """Memory-mapped ids, and what is known of them. `fingerprint` tells other data from the same."""
 
     name: str
-    train: np.ndarray
-    val: np.ndarray
+    train: Tokens
+    val: Tokens
     vocab_size: int
     tokenizer: str
     fingerprint: str
 
-    def tokens(self, stream: int) -> np.ndarray:
+    def tokens(self, stream: int) -> Tokens:
         return self.train if stream == TRAIN else self.val
 
 
@@ -67,7 +71,7 @@ def open_dataset(run: RunConfig) -> Dataset:
             "leave tokenizer out, or prepare the data again with the other one",
         )
     dtype = np.dtype(meta.get("dtype", "uint16")).newbyteorder("<")
-    train, val = (_map(folder / f"{part}.bin", dtype, run.block_size) for part in ("train", "val"))
+    train, val = (_map(folder, part, meta, dtype, run.block_size) for part in ("train", "val"))
     vocab_size = int(meta.get("vocab_size", GPT2_VOCAB))
     if vocab_size > run.vocab_size:
         raise GptfitError(
@@ -89,12 +93,12 @@ def sequence_starts(n_tokens: int, block_size: int, n: int, seed: int, step: int
     return (raw % np.uint64(n_tokens - block_size)).astype(np.int64)
 
 
-def load_batch(tokens: np.ndarray, starts: np.ndarray, run: RunConfig, device: torch.device) -> tuple[Tensor, Tensor]:
+def load_batch(tokens: Tokens, starts: np.ndarray, run: RunConfig, device: torch.device) -> tuple[Tensor, Tensor]:
     """Inputs and targets [B, T] int64 on `device`; the targets are the inputs one token on.
 
     Raises GptfitError for an id that the model has no row for: on a GPU that would end in an assert.
     """
-    ids = np.lib.stride_tricks.sliding_window_view(tokens, run.block_size + 1)[starts].astype(np.int64)
+    ids = windows(tokens, starts, run.block_size + 1)
     if ids.max() >= run.vocab_size:
         raise GptfitError(
             f"the data hold the id {ids.max()}, but vocab_size is {run.vocab_size}",
@@ -117,19 +121,28 @@ def _find(dataset: str) -> Path:
     raise GptfitError(f'there is no data set "{dataset}"', PREPARE_HINT)
 
 
-def _map(path: Path, dtype: np.dtype, block_size: int) -> np.ndarray:
-    if not path.is_file():
-        raise GptfitError(f'there is no "{path}"', PREPARE_HINT)
-    n = path.stat().st_size // dtype.itemsize
+def _map(folder: Path, part: str, meta: dict[str, Any], dtype: np.dtype, block_size: int) -> Tokens:
+    paths = [shard_path(folder, part, index) for index in range(meta.get(f"{part}_shards", 1))]
+    path = paths[0]
+    for one in paths:
+        if not one.is_file():
+            raise GptfitError(f'there is no "{one}"', PREPARE_HINT)
+    tokens = open_shards(paths, dtype)
+    n, said = len(tokens), meta.get(f"n_{part}")
+    if said is not None and n != said:
+        raise GptfitError(
+            f'"{path}" and what follows it hold {n} tokens, but {META} says {said}: they are not of one go',
+            "prepare the data again",
+        )
     if n <= block_size:
         raise GptfitError(
             f'"{path}" holds {n} tokens, and one sequence needs block_size + 1 = {block_size + 1}',
             f"more text, or block_size={max(1, n - 1)}",
         )
-    return np.memmap(path, dtype=dtype, mode="r", shape=(n,))
+    return tokens
 
 
-def _fingerprint(train: np.ndarray, val: np.ndarray) -> str:
+def _fingerprint(train: Tokens, val: Tokens) -> str:
     """sha256 over lengths and both ends: enough to tell data sets apart without reading all of a large one."""
     digest = hashlib.sha256()
     for tokens in (train, val):
@@ -150,7 +163,9 @@ def _read_meta(folder: Path) -> dict[str, Any]:
             meta = json.loads((folder / META).read_text())
             if meta["dtype"] not in ("uint16", "uint32"):
                 raise ValueError(f"unknown dtype {meta['dtype']}")
-            return {"dtype": meta["dtype"], "vocab_size": int(meta["vocab_size"]), "tokenizer": str(meta["tokenizer"])}
+            plain = {"dtype": meta["dtype"], "vocab_size": int(meta["vocab_size"]), "tokenizer": str(meta["tokenizer"])}
+            sizes = ("n_train", "n_val", "train_shards", "val_shards")
+            return plain | {key: int(meta[key]) for key in sizes if key in meta}
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise GptfitError(f'cannot read "{folder / META}": {error}', PREPARE_HINT) from None
     if (folder / "meta.pkl").is_file():

@@ -2,6 +2,7 @@
 
 import math
 import sys
+import time
 from typing import TextIO
 
 from rich.console import Console
@@ -58,6 +59,31 @@ class Progress:
                 self.console.print(Text(line))
         elif record.step % self.log_interval == 0 or record.val_loss is not None or record.step == self.max_iters:
             self.console.print(Text(line))
+
+
+class Counter:
+    """How many tokens a preparation has made: one line that changes on a terminal, one every half minute elsewhere."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self.stream = stream or sys.stderr
+        self.live = self.stream.isatty()
+        self.began = self.told = time.monotonic()
+
+    def __enter__(self) -> "Counter":
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        if self.live:
+            self.stream.write("\r\x1b[K")
+
+    def __call__(self, n_tokens: int) -> None:
+        now = time.monotonic()
+        if now - self.told < (0.2 if self.live else 30.0):
+            return
+        self.told = now
+        line = f"{n_tokens:,} tokens, {n_tokens / (now - self.began):,.0f} a second"
+        self.stream.write(f"\r{line}\x1b[K" if self.live else f"{line}\n")
+        self.stream.flush()
 
 
 def step_line(record: Stepped, max_iters: int, remaining_seconds: float) -> str:

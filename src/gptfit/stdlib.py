@@ -41,7 +41,7 @@ def default_folder(tokenizer: str = "") -> Path:
         digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
     folder = cache_folder() / f"python-{digest.hexdigest()[:16]}"
     if not (folder / META).is_file():
-        prepare(files, tokenizer, folder)
+        prepare(files, tokenizer, folder, split="tail")
     return folder
 
 

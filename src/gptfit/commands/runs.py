@@ -80,17 +80,39 @@ def sample(
 
 @data_app.command("prepare")
 def data_prepare(
-    sources: Annotated[list[str], typer.Argument(metavar="FILE", help="Text files, folders of them, or - for stdin.")],
+    sources: Annotated[
+        list[str], typer.Argument(metavar="FILE", help="Text, JSON lines or parquet, folders of them, or - for stdin.")
+    ],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where train.bin and val.bin go.")],
     tokenizer: Annotated[str, typer.Option(metavar="NAME", help="byte, gpt2, or a rank file.")] = "byte",
     val_fraction: Annotated[float, typer.Option(metavar="X", help="The share that is for validation.")] = 0.05,
+    field: Annotated[str, typer.Option(metavar="KEY", help="The key of a JSON line's text: text if not given.")] = "",
+    split: Annotated[str, typer.Option(metavar="HOW", help="By documents, or tail; what suits if not given.")] = "",
+    shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Go on in a new file from here, as 1GiB.")] = "",
+    workers: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Processes that encode.", show_default="one a core")
+    ] = None,
+    train_bpe: Annotated[
+        int | None,
+        typer.Option("--train-bpe", metavar="N", help="Learn a tokenizer of N ids from this text.", show_default=False),
+    ] = None,
 ) -> None:
     """Token files from text, in nanoGPT's format."""
     from gptfit.prepare import prepare
+    from gptfit.progress import Counter
     from gptfit.report.lists import prepared_view
     from gptfit.report.output import show
+    from gptfit.units import parse_size
 
-    show(prepared_view(prepare(sources, tokenizer, out, val_fraction)))
+    shard_bytes = parse_size(shard_size) if shard_size else 0
+    if train_bpe is not None:
+        from gptfit.bpe import train_bpe as learn
+
+        tokenizer = learn(sources, train_bpe, out, field)
+    with Counter() as counter:
+        how = {"field": field, "split": split, "shard_bytes": shard_bytes, "workers": workers}
+        prepared = prepare(sources, tokenizer, out, val_fraction, counter, **how)
+    show(prepared_view(prepared))
 
 
 @app.command()

@@ -80,8 +80,11 @@ def prepared_view(answer: "Prepared") -> Iterator[RenderableType]:
     """What `gptfit data prepare` wrote."""
     yield Text(
         f"{answer.folder}: {answer.n_train:,} tokens to train on, {answer.n_val:,} to validate, "
-        f"from {answer.n_files} files; tokenizer {answer.tokenizer}, {answer.vocab_size:,} ids"
+        f"from {answer.n_documents:,} documents of {answer.n_files:,} files; "
+        f"tokenizer {answer.tokenizer}, {answer.vocab_size:,} ids"
     )
+    how = "documents drawn by their hash" if answer.split == "documents" else "the last part of the text"
+    yield Text(f"for validation: {how}", style=QUIET)
     if answer.skipped:
         yield Text(f"{len(answer.skipped)} files are not text and were passed over", style=QUIET)
     yield from commands((f"gptfit train tiny dataset={answer.folder} vocab_size={-(-answer.vocab_size // 64) * 64}",))
