@@ -91,16 +91,19 @@ def test_the_overlay_is_what_the_card_showed() -> None:
 
 
 def test_runs_that_wait_for_python_say_nothing_of_the_card() -> None:
-    """On a fast card the small runs do; ten times as slow as predicted, they change nothing."""
+    """On a fast card the small runs do: ten times as slow as predicted, and in the majority, they change nothing."""
     card = shipped_gpu("h100-sxm")
     machine = replace(MACHINE, gpu="h100-sxm", total_bytes=card.total_bytes, driver_total_bytes=card.box_bytes)
     readings = []
     for rung in ladder(card, True):
+        if rung.name not in ("small-eager", "small-compiled", "gpt2-compiled-full"):
+            continue
         found = estimate(rung.run, "gptfit", card)
         assert found.speed is not None
         slower = 10 if rung.name.startswith("small") else 1 / FASTER
         readings.append(replace(reading(rung), machine=machine, seconds_per_step=found.speed.seconds_per_step * slower))
     assert calibrate(readings).overlay.speed_factor == pytest.approx(FASTER, abs=1e-4)
+    assert calibrate(readings[:2]).overlay.speed_factor == pytest.approx(0.1, abs=1e-3), "where there are no others"
 
 
 def test_the_context_is_the_median_between_its_ends() -> None:
