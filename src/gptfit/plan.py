@@ -212,9 +212,11 @@ class Search:
         tokens: int,
         risk: float | None = None,
         finalists: int = FINALISTS,
+        runs: dict[tuple[object, ...], RunConfig] | None = None,
     ) -> None:
         self.base = run
         self.finalists = finalists
+        self.runs = {} if runs is None else runs  # of the same base and tokens: searches of other cards may share them
         self.profile = profile
         self.tokens = tokens
         self.overhead_bytes = profile.context_bytes + CUBLAS_HANDLES * cublas_workspace_bytes(
@@ -255,8 +257,16 @@ class Search:
             yield micro_batch, self.derived(combination, micro_batch), flops_per_token
 
     def derived(self, combination: dict[str, object], micro_batch: int) -> RunConfig:
-        steps = max(1, round(self.tokens / (micro_batch * self.base.block_size * self.base.n_gpus))) * self.base.n_gpus
-        return derive(self.base, **combination, batch_size=micro_batch, gradient_accumulation_steps=steps)
+        key = (micro_batch, *combination.items())
+        if key not in self.runs:
+            steps = max(1, round(self.tokens / (micro_batch * self.base.block_size * self.base.n_gpus)))
+            changes = {
+                **combination,
+                "batch_size": micro_batch,
+                "gradient_accumulation_steps": steps * self.base.n_gpus,
+            }
+            self.runs[key] = derive(self.base, **changes)
+        return self.runs[key]
 
     def replayed(self, ranked: list[tuple[float, dict[str, object], RunConfig]]) -> list[Candidate]:
         """The first few of the ranking that fit for sure when replayed, or if none does, those that fit within the

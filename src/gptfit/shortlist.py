@@ -129,7 +129,13 @@ def shortlist(
 ) -> Shortlist:
     """The choice on each card is `plan`'s. Raises GptfitError as `plan` does."""
     tokens = checked_tokens(source.run, tokens_per_step, allow)
-    found = [plan_card(source, card, tokens, allow, keep, goal, risk) for card in cards]
+    run, runs = under_program(source.run, "gptfit"), {}
+    found: list[CardPlan] = []
+    for card in cards:
+        profile = card.profile
+        budget = Budget(profile.name, profile.total_bytes, card.reserve_bytes)
+        search = Search(run, profile, budget, tokens, risk, finalists=1, runs=runs)
+        found.append(plan_card(search, source, card, allow, keep, goal))
     found.sort(key=rank)
     return Shortlist(tokens, tuple(found))
 
@@ -141,34 +147,36 @@ def rank(plan: CardPlan) -> tuple[float, ...]:
 
 
 def plan_card(
-    source: ConfigSource,
-    card: Card,
-    tokens: int,
-    allow: Sequence[str],
-    keep: Sequence[str],
-    goal: Goal | None,
-    risk: float | None,
+    search: Search, source: ConfigSource, card: Card, allow: Sequence[str], keep: Sequence[str], goal: Goal | None
 ) -> CardPlan:
-    profile = card.profile
-    budget = Budget(profile.name, profile.total_bytes, card.reserve_bytes)
-    search = Search(under_program(source.run, "gptfit"), profile, budget, tokens, risk, finalists=1)
     found, notes = choices(search, source, allow, keep)
     if found:
         choice, chosen = found[0].choice, found[0].estimate
     else:
-        choice, chosen = smallest(search, source, card, keep, risk)
+        choice, chosen = smallest(search, source, card, keep)
     target = None
     if goal is not None and found and chosen.speed is not None:
-        target = reach(goal, chosen.speed, profile, found[0].run.n_gpus)
+        target = reach(goal, chosen.speed, card.profile, found[0].run.n_gpus)
     changed = any(choice.get(key, getattr(source.run, key)) != getattr(source.run, key) for key in LAST_RESORT)
     return CardPlan(card, choice, chosen, changed, target, (*notes, *card.notes))
 
 
 def smallest(
-    search: Search, source: ConfigSource, card: Card, keep: Iterable[str], risk: float | None
+    search: Search, source: ConfigSource, card: Card, keep: Iterable[str]
 ) -> tuple[Mapping[str, object], Estimate]:
-    """Of everything that may be chosen, one sequence at a time, what needs least."""
-    combinations = options(source.run, frozenset(keep), tuple(LAST_RESORT))
-    combination = min(combinations, key=lambda choice: steady_peak(search.derived(choice, 1), "gptfit")[0])
-    run = search.derived(combination, 1)
-    return {**combination, **split(run, 1)}, estimate(run, "gptfit", card.profile, card.reserve_bytes, risk)
+    """Of everything that may be chosen, one sequence at a time, what needs least.
+
+    Tried from the lowest live peak on, until that alone is more than the least so far.
+    """
+    runs = [(choice, search.derived(choice, 1)) for choice in options(source.run, frozenset(keep), tuple(LAST_RESORT))]
+    peaks = sorted((steady_peak(run, "gptfit")[0], index) for index, (_, run) in enumerate(runs))
+    least: tuple[Mapping[str, object], Estimate] | None = None
+    for live_bytes, index in peaks:
+        choice, run = runs[index]
+        if least is not None and live_bytes >= least[1].reserved_bytes:
+            break
+        need = estimate(run, "gptfit", card.profile, card.reserve_bytes, search.risk)
+        if least is None or need.reserved_bytes < least[1].reserved_bytes:
+            least = {**choice, **split(run, 1)}, need
+    assert least is not None  # there is always the run as given
+    return least
