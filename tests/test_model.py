@@ -173,9 +173,17 @@ def test_half_precision_stays_near_float32(param_dtype, loss):
         assert (parameter.grad.float() - other.grad).norm() < 0.1 * other.grad.norm(), name
 
 
-@pytest.mark.parametrize("every", [1, 2])
-def test_checkpointing_changes_no_number(every):
-    plain, saved = build(dropout=0.1), build(dropout=0.1, activation_checkpointing="block", checkpoint_every=every)
+@pytest.mark.parametrize("changes", [
+    {"activation_checkpointing": "block"},
+    {"activation_checkpointing": "block", "checkpoint_every": 2},
+    {"activation_checkpointing": "attention"},
+    {"activation_offload": True},
+    {"activation_offload": True, "activation_checkpointing": "attention", "position": "rope", "norm": "rmsnorm"},
+])  # fmt: skip
+def test_keeping_less_changes_no_number(changes, monkeypatch):
+    monkeypatch.setattr("gptfit.offload.OFFLOAD_MIN_BYTES", 0)
+    shared = {key: changes[key] for key in ("position", "norm") if key in changes}
+    plain, saved = (build(dropout=0.1, compile=False, **keys) for keys in (shared, changes))
     idx, targets = batch(plain.run)
     for model in (plain, saved):
         torch.manual_seed(3)

@@ -11,6 +11,9 @@ from gptfit.trace import trace_program
 BASE = {"n_layer": 2, "n_head": 4, "n_embd": 64, "vocab_size": 300, "block_size": 64, "batch_size": 4}
 BASE |= {"gradient_accumulation_steps": 2, "compile": False}
 
+# Enough for activation offload, which leaves what is small where it is.
+LARGE = {"n_embd": 256, "block_size": 256, "batch_size": 8, "vocab_size": 3000}
+
 # One change at a time, so that a failure names the op.
 OURS = [
     {},
@@ -29,6 +32,12 @@ OURS = [
     {"loss_chunk_size": 100},
     {"activation_checkpointing": "block"},
     {"activation_checkpointing": "block", "checkpoint_every": 2, "n_layer": 5},
+    {"activation_checkpointing": "attention", "n_kv_head": 2, "qk_norm": True, "position": "rope"},
+    {"activation_checkpointing": "attention", "checkpoint_every": 2, "n_layer": 5},
+    {"activation_offload": True, **LARGE},
+    {"activation_offload": True, "activation_checkpointing": "attention", **LARGE},
+    {"activation_offload": True, "qk_norm": True, "position": "rope", "n_kv_head": 2, "mlp": "swiglu", **LARGE},
+    {"activation_offload": True, "attention": "math", "loss": "full", "activation_checkpointing": "block", **LARGE},
     {"gradient_accumulation_steps": 1, "optimizer_impl": "foreach"},
     {"gradient_accumulation_steps": 1, "optimizer": "lion"},
     {"gradient_accumulation_steps": 1, "optimizer": "sgd"},

@@ -68,8 +68,9 @@ class RunConfig(ModelConfig):
     compile: bool = True
     loss: Literal["full", "chunked"] = "chunked"
     loss_chunk_size: int = Field(1024, ge=1)
-    activation_checkpointing: Literal["none", "block"] = "none"
+    activation_checkpointing: Literal["none", "block", "attention"] = "none"
     checkpoint_every: int = Field(1, ge=1)
+    activation_offload: bool = False
 
     optimizer: Literal["adamw", "adamw8bit", "adafactor", "lion", "muon", "sgd"] = "adamw"
     optimizer_impl: Literal["fused", "foreach", "for-loop"] = "fused"
@@ -110,6 +111,14 @@ class RunConfig(ModelConfig):
             )
         if self.strategy == "single" and self.n_gpus > 1:
             raise ValueError(f"strategy single is for one GPU, but n_gpus is {self.n_gpus}")
+        return self
+
+    @model_validator(mode="after")
+    def _eager_alone(self) -> Self:
+        """What a compiled step has no use for: its backward takes everything that was saved at once."""
+        for key, value in (("activation_checkpointing", "attention"), ("activation_offload", True)):
+            if self.compile and getattr(self, key) == value:
+                raise ValueError(f"{key}={value} is for compile=False: a compiled step chooses itself what it keeps")
         return self
 
     @property

@@ -243,6 +243,7 @@ NANOGPT_ONLY: dict[str, object] = {
     "logit_softcap": 0.0,
     "loss": "full",
     "activation_checkpointing": "none",
+    "activation_offload": False,
     "attention": "flash",
     "param_dtype": "float32",
     "optimizer": "adamw",

@@ -65,6 +65,14 @@ LEVERS: dict[str, Lever] = {
         {"activation_checkpointing": "block"},
         "keeps the input of each block alone and computes the block again in backward",
     ),
+    "attention": Lever(
+        {"activation_checkpointing": "attention"},
+        "keeps the input of each attention alone and computes the attention again in backward",
+    ),
+    "offload": Lever(
+        {"activation_offload": True},
+        "what is kept for backward waits in host memory: it costs the time of two transfers over PCIe",
+    ),
     "float16": Lever({"dtype": "float16"}, "2 bytes an element, as bfloat16: it saves nothing against it"),
     "bfloat16": Lever({"dtype": "bfloat16"}, "2 bytes an element, as float16; against float32 activations halve"),
     "fused": Lever({"optimizer_impl": "fused"}, "the optimizer's step needs no list as large as the parameters"),

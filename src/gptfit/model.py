@@ -29,6 +29,7 @@ block keeps its input alone, and the rest while it is recomputed.
 """
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -39,6 +40,7 @@ from torch.utils.checkpoint import checkpoint
 from gptfit.config import ModelConfig, RunConfig
 from gptfit.device import DTYPES
 from gptfit.loss import chunked_cross_entropy, full_cross_entropy, soft_cap
+from gptfit.offload import Offload
 
 NORM_EPS = 1e-5
 INIT_STD = 0.02
@@ -209,8 +211,15 @@ class Block(nn.Module):
         self.ln_2 = make_norm(config, dtype, param_dtype)
         self.mlp = MLP(config, dtype, param_dtype)
 
-    def forward(self, x_BTC: Tensor, tables: Tables) -> Tensor:
-        x_BTC = x_BTC + self.attn(self.ln_1(x_BTC), tables)
+    def attend(self, x_BTC: Tensor, tables: Tables) -> Tensor:
+        return self.attn(self.ln_1(x_BTC), tables)
+
+    def forward(self, x_BTC: Tensor, tables: Tables, recompute: str = "none") -> Tensor:
+        """`recompute` says whether attention, or nothing, is computed again in backward."""
+        if recompute == "attention":
+            x_BTC = x_BTC + cast(Tensor, checkpoint(self.attend, x_BTC, tables, use_reentrant=False))
+        else:
+            x_BTC = x_BTC + self.attend(x_BTC, tables)
         return x_BTC + self.mlp(self.ln_2(x_BTC))
 
 
@@ -237,6 +246,7 @@ class GPT(nn.Module):
         self.lm_head = Linear(run.n_embd, run.vocab_size, False, dtype, param_dtype)
         if run.tie_embeddings:
             self.transformer["wte"].weight = self.lm_head.weight
+        self.saving: AbstractContextManager[Any] = Offload() if run.activation_offload else nullcontext()
         self._make_tables()
         self._initialise()
 
@@ -271,12 +281,13 @@ class GPT(nn.Module):
             x_BTC = x_BTC + cast(nn.Embedding, self.transformer["wpe"]).weight[:time]
         x_BTC = dropout(x_BTC, run.dropout, self.training)
         tables = self._tables(time)
-        recompute = run.activation_checkpointing == "block" and self.training and torch.is_grad_enabled()
+        recompute = run.activation_checkpointing if self.training and torch.is_grad_enabled() else "none"
         for index, block in enumerate(cast(nn.ModuleList, self.transformer["h"])):
-            if recompute and index % run.checkpoint_every == 0:
+            here = recompute if index % run.checkpoint_every == 0 else "none"
+            if here == "block":
                 x_BTC = checkpoint(block, x_BTC, tables, use_reentrant=False)
             else:
-                x_BTC = block(x_BTC, tables)
+                x_BTC = block(x_BTC, tables, here)
         return self.transformer["ln_f"](x_BTC)
 
     def _tables(self, time: int) -> Tables:
@@ -291,12 +302,13 @@ class GPT(nn.Module):
         """Mean cross entropy over the targets, fp32; target -1 is ignored. Logits never leave this function:
         a caller who holds them, holds [B, T, V] through the whole backward."""
         run = self.run
-        x_NC, targets_N = self.hidden(idx_BT).flatten(0, 1), targets_BT.flatten()
-        if run.loss == "chunked":
-            return chunked_cross_entropy(
-                x_NC, self.lm_head.weight, targets_N, run.loss_chunk_size, self.compute_dtype, run.logit_softcap
-            )
-        return full_cross_entropy(soft_cap(self.lm_head(x_NC), run.logit_softcap), targets_N)
+        with self.saving:
+            x_NC, targets_N = self.hidden(idx_BT).flatten(0, 1), targets_BT.flatten()
+            if run.loss == "chunked":
+                return chunked_cross_entropy(
+                    x_NC, self.lm_head.weight, targets_N, run.loss_chunk_size, self.compute_dtype, run.logit_softcap
+                )
+            return full_cross_entropy(soft_cap(self.lm_head(x_NC), run.logit_softcap), targets_N)
 
     @torch.no_grad()
     def logits(self, idx_BT: Tensor) -> Tensor:

@@ -180,6 +180,7 @@ def step_time(
     block_bytes = n_layer * block_token_bytes(run) * (1 + recompute)
     if not run.compile:
         block_bytes *= EAGER_TRAFFIC
+    traffic = offload_seconds(run) if run.activation_offload else 0.0
     moved = n_tokens * (block_bytes + logit_token_bytes(run, program)) + weight_bytes(run, n_params)
 
     kernels = OTHER_KERNELS + n_layer * BLOCK_KERNELS[run.compile] * (1 + recompute)
@@ -193,12 +194,30 @@ def step_time(
         optimizer = max(optimizer, n_layer * LOOP_STEP_KERNELS * LAUNCH_SECONDS)
     all_reduce, sharding = between_cards(run, profile, n_params) if n_gpus > 1 else (0.0, 0.0)
     launch = kernels * LAUNCH_SECONDS
-    return StepTime(compute, moved / bandwidth, launch, sharding, micro_steps, optimizer, all_reduce)
+    traffic += moved / bandwidth
+    return StepTime(compute, traffic, launch, sharding, micro_steps, optimizer, all_reduce)
 
 
 def recomputed_share(run: RunConfig) -> float:
-    """FLOPs of the blocks that checkpointing adds, as a share of forward and backward: one forward."""
-    return FORWARD / run.checkpoint_every if run.activation_checkpointing == "block" else 0.0
+    """FLOPs of the blocks that checkpointing adds, as a share of forward and backward: one forward, of a part of it."""
+    if run.activation_checkpointing == "none":
+        return 0.0
+    part = 1.0
+    if run.activation_checkpointing == "attention":
+        kv_width = run.n_kv_head * run.head_size
+        attention = run.n_embd * (2 * run.n_embd + 2 * kv_width) + 2 * run.block_size * run.n_embd
+        part = attention / (attention + run.n_embd * run.n_hidden * (3 if run.mlp == "swiglu" else 2))
+    return part * FORWARD / run.checkpoint_every
+
+
+def offload_seconds(run: RunConfig) -> float:
+    """Seconds of a micro-step in which what is saved for backward goes to the host and comes back; nothing hides it."""
+    size, stream_size = DTYPE_BYTES[run.dtype], DTYPE_BYTES[run.param_dtype]
+    kv_width = run.n_kv_head * run.head_size
+    # Each block: both norms' inputs and outputs, q, k and v, the attention's output for two, the MLP's hidden layers.
+    widths = 2 * run.n_embd + run.n_embd + 2 * kv_width + 2 * run.n_embd + 2 * run.n_hidden
+    block_bytes = 2 * run.n_embd * stream_size + widths * size
+    return 2 * run.batch_size * run.block_size * run.n_layer * block_bytes / PCIE_BYTES_PER_SECOND
 
 
 def block_token_bytes(run: RunConfig) -> float:

@@ -27,9 +27,11 @@ from gptfit.device import DTYPES
 from gptfit.errors import GptfitError
 from gptfit.estimate import under_program
 from gptfit.inductor_plan import plan_module
+from gptfit.memory.autograd import OFFLOAD_MIN_BYTES
 from gptfit.memory.tape import Buffer, Peak, Tape, rounded
 from gptfit.model import GPT
 from gptfit.nanogpt_reference import NanoGPT
+from gptfit.offload import Offload
 from gptfit.optim import build_optimizer
 from gptfit.recorder import Recorder, tensors_in
 
@@ -139,11 +141,16 @@ def saved_for_backward(job: Job) -> int:
     which are alive anyway, left out."""
     known = {Recorder.key(tensor) for tensor in (*job.model.parameters(), *job.model.buffers(), *job.inputs())}
     sizes: dict[int, int] = {}
+    saving = getattr(job.model, "saving", None)
+    offloads = isinstance(saving, Offload)
 
     def pack(tensor: Tensor) -> Tensor:
-        sizes[Recorder.key(tensor)] = rounded(tensor.untyped_storage().nbytes())
+        if not offloads or tensor.numel() * tensor.element_size() < OFFLOAD_MIN_BYTES:
+            sizes[Recorder.key(tensor)] = rounded(tensor.untyped_storage().nbytes())
         return tensor
 
+    if offloads:
+        setattr(job.model, "saving", nullcontext())  # its hooks would come before these  # noqa: B010
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         result = job.forward()
     del result
@@ -298,9 +305,26 @@ def nanogpt_job(run: RunConfig, recorder: Recorder) -> Job:
     )
 
 
+class TracedOffload(Offload):
+    """Activation offload on fake tensors: what it keeps in host memory is not on the tape."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self.recorder = recorder
+
+    def empty_on_host(self, tensor: Tensor) -> Tensor:
+        self.recorder.making_on_host = True
+        try:
+            return super().empty_on_host(tensor)
+        finally:
+            self.recorder.making_on_host = False
+
+
 def gptfit_job(run: RunConfig, recorder: Recorder) -> Job:
     """gptfit's model returns the loss alone, and casts by itself. Compiled is what model.compile_model compiles."""
     model = GPT(run)
+    if run.activation_offload:
+        model.saving = TracedOffload(recorder)
     if run.compile:
         plan_module(model, recorder, "hidden" if run.loss == "chunked" else "forward")
     return training_job(

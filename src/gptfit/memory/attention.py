@@ -129,7 +129,7 @@ def flash_attention(w: Writer, heads: Heads, name: str) -> Tensor:
             del scratch
         return parts
 
-    kept = (q.storage, k.storage, v.storage, out.storage, lse.storage, seed.storage, offset.storage)
+    kept = (*map(w.saving, (q, k, v)), out.storage, lse.storage, seed.storage, offset.storage)
     storages = {id(storage): storage for storage in kept}
     out.node = w.record(name, (q.node, k.node, v.node), tuple(storages.values()), backward)
     # The fp32 kernel's output lies by token, whatever its inputs do; flash-attention's lies as q does.

@@ -15,17 +15,22 @@ from gptfit.memory.tape import Buffer, Event, Item, Loop, Mark, Tape, make_buffe
 
 Shape = tuple[int, ...]
 
+# Activation offload leaves what is smaller where it is: below this a transfer takes as long as its start, some 10 µs at
+# 25 GB/s.
+OFFLOAD_MIN_BYTES = 256 << 10
+
 
 class Storage:
     """Memory on the tape. Dropping the last reference writes the free: in a loop that of this round, after
     the loop in which it was made those of all rounds."""
 
-    __slots__ = ("buffer", "rounds", "shift", "writer")
+    __slots__ = ("buffer", "is_on_host", "rounds", "shift", "writer")
 
     def __init__(self, writer: "Writer", buffer: Buffer, shift: int = 0) -> None:
         self.writer: Writer | None = writer
         self.buffer = buffer
         self.shift = shift
+        self.is_on_host = False
         self.rounds = writer.rounds
 
     def __del__(self) -> None:
@@ -129,6 +134,7 @@ class Writer:
         self.kernels = False  # whether scratch that kernels take from the allocator is written too
         self.grad_enabled = True
         self.training = True
+        self.offload = False  # whether what is saved for backward goes to the host
 
     def mark(self, op: str, phase: str | None = None) -> None:
         self.phase = phase if phase is not None else self.phase
@@ -161,13 +167,48 @@ class Writer:
         """A node for backward, which keeps `saved`; nothing where gradients are off."""
         if not self.grad_enabled or all(node is None for node in inputs):
             return None
-        node = Node(name, inputs, saved, backward)
+        node = Node(name, inputs, tuple(map(self.to_host, saved)) if self.offload else saved, backward)
         node.shift = self.shift
         self.nodes.append(node)
         for edge in inputs:
             if edge is not None and edge.param is not None:
                 edge.awaited += 1
         return node
+
+    def saving(self, tensor: Tensor) -> Storage:
+        """What is saved of `tensor`: its storage. Offload lays out a part of a storage anew, and keeps that alone."""
+        part = make_buffer(f"{tensor.storage.buffer.name} part", "activation", tensor.shape, tensor.dtype)
+        if not self.offload or tensor.storage.writer is None or part.n_bytes >= tensor.storage.buffer.n_bytes:
+            return tensor.storage
+        if part.n_bytes < OFFLOAD_MIN_BYTES:
+            return tensor.storage
+        self.items += [Event(1, part, self.shift), Event(-1, part, self.shift)]
+        kept = Storage(self, part, self.shift)
+        kept.forget()
+        kept.is_on_host = True
+        return kept
+
+    def to_host(self, storage: Storage) -> Storage:
+        """Where activation offload keeps a saved tensor: what it takes when it is back, and nothing until then."""
+        buffer = storage.buffer
+        if (
+            storage.writer is None
+            or storage.is_on_host
+            or buffer.category == "buffer"
+            or buffer.n_bytes < OFFLOAD_MIN_BYTES
+        ):
+            return storage
+        host = Storage(self, buffer._replace(name=f"{buffer.name} back"), storage.shift)
+        host.forget()
+        host.is_on_host = True
+        return host
+
+    def back(self, storage: Storage) -> Storage:
+        """A saved tensor when backward asks for it."""
+        if not storage.is_on_host:
+            return storage
+        buffer = storage.buffer
+        return self.empty(buffer.name, buffer.category, buffer.shape, buffer.dtype).storage
 
     @contextmanager
     def loop(self, n: int, reverse: bool = False, start: int = 0, stride: int = 1) -> Iterator[None]:
@@ -197,14 +238,15 @@ class Writer:
         """
         while nodes:
             node = nodes.pop()
-            grad = grads.pop(node, None)
-            if grad is None or node.backward is None:
+            if node not in grads or node.backward is None:
+                grads.pop(node, None)
                 node.saved = ()
                 continue
             self.mark(node.name)
             self.shift = node.shift
-            results = node.backward(grad, node.saved)
-            del grad
+            saved = tuple(map(self.back, node.saved))
+            results = node.backward(grads.pop(node), saved)  # which holds the gradient alone
+            del saved
             node.backward = None
             node.saved = ()
             for target, result in zip(node.inputs, results, strict=True):

@@ -72,9 +72,13 @@ class Ours(Program):
             h = ops.elementwise(w, call(self.linear, x, "h.*.mlp.c_fc", run.n_hidden), "h.*.mlp.gelu")
         return ops.dropout(w, call(self.linear, h, "h.*.mlp.c_proj", run.n_embd), run.dropout, "h.*.mlp.dropout")
 
+    def attend(self, x: Tensor) -> Tensor:
+        return call(self.attention, call(self.norm, x, "h.*.ln_1"))
+
     def block(self, x: Tensor) -> Tensor:
         w = self.w
-        x = ops.add(w, x, call(self.attention, call(self.norm, x, "h.*.ln_1")), "h.*.x_mid")
+        recompute = self.run.activation_checkpointing == "attention" and w.grad_enabled and self.is_checkpoint
+        x = ops.add(w, x, self.checkpointed(x, self.attend) if recompute else self.attend(x), "h.*.x_mid")
         return ops.add(w, x, call(self.mlp, call(self.norm, x, "h.*.ln_2")), self.stream.name, shift=1)
 
     def embed(self, idx: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -142,7 +146,8 @@ def rms_norm(program: Ours, x: Tensor, weight: Tensor | None, name: str) -> Tens
         return [normed, grad_weight]
 
     inputs = (x.node, weight.node if weight is not None else None)
-    saved = (x.storage, rstd.storage) if weight is None else (x.storage, weight.storage, rstd.storage)
+    kept = (w.saving(x), rstd.storage)
+    saved = kept if weight is None else (*kept, weight.storage)
     out.node = w.record(name, inputs, saved, backward)
     return out
 

@@ -66,12 +66,13 @@ class Program:
 
     def forward(self, idx: Tensor, targets: Tensor) -> tuple[Tensor, list[Tensor]]:
         w, run = self.w, self.run
+        w.offload = run.activation_offload and w.grad_enabled
         w.mark("embedding", "forward" if w.training else "evaluation")
         x, local = self.embed(idx)
         node = x.node
         x.storage.forget()
         self.embedding_nodes = collect(w)
-        every = run.checkpoint_every if run.activation_checkpointing == "block" and w.grad_enabled else 1
+        every = run.checkpoint_every if run.activation_checkpointing != "none" and w.grad_enabled else 1
         rounds, rest = divmod(run.n_layer, every)
         self.segments = [Segment(rounds, 0, every)] if rounds else []
         if rest:
@@ -81,8 +82,11 @@ class Program:
                 node = self.forward_body(segment)
         x = w.take_over(self.stream, node, shift=run.n_layer)
         w.mark("head")
-        loss, returned = self.head(x, targets)
+        last = [x]
+        del x
+        loss, returned = self.head(last.pop(), targets)  # the head alone holds it, and lets go of it
         self.head_nodes = collect(w)
+        w.offload = False
         del local
         return loss, returned
 
@@ -92,27 +96,32 @@ class Program:
         x = w.take_over(self.stream, segment.entry if w.grad_enabled else None)
         for position in range(segment.stride):
             w.shift = position
-            recompute = run.activation_checkpointing == "block" and w.grad_enabled and position == 0
-            x = self.checkpointed(x) if recompute else self.block(x)
+            recompute = run.activation_checkpointing == "block" and w.grad_enabled and self.is_checkpoint
+            x = self.checkpointed(x, self.block) if recompute else self.block(x)
         w.shift = 0
         x.storage.forget()
         segment.exit = x.node
         segment.nodes = collect(w)
         return x.node
 
-    def checkpointed(self, x: Tensor) -> Tensor:
+    @property
+    def is_checkpoint(self) -> bool:
+        """Whether the block that is being written is the one of its round that keeps less."""
+        return self.w.shift == 0
+
+    def checkpointed(self, x: Tensor, body: Callable[[Tensor], Tensor]) -> Tensor:
         """torch.utils.checkpoint, not re-entrant: forward keeps the input alone; when backward first asks for
-        a saved tensor, the block is run again."""
+        a saved tensor, `body` is run again."""
         w = self.w
         w.grad_enabled = False
-        y = self.block(x)
+        y = body(x)
         w.grad_enabled = True
         buffer = x.storage.buffer
 
         def backward(grad: Tensor, saved: tuple[Storage, ...]) -> list[Tensor]:
             outer, w.nodes, position, flops = w.nodes, [], w.shift, w.flops
             entry = ops.placeholder()
-            again = self.block(Tensor(saved[0], buffer.shape, buffer.dtype, entry))
+            again = body(Tensor(saved[0], buffer.shape, buffer.dtype, entry))
             assert again.node is not None
             grads = {again.node: grad}
             del again, grad
