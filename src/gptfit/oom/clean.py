@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from gptfit.logfile import CHUNK, WHOLE, excerpt
+from gptfit.oom.pattern import lazy
 from gptfit.oom.prefixes import common_prefixes, strip_prefixes
 
 MAX_LINE = 4_000
@@ -28,48 +29,48 @@ class Line:
 
 
 # What a terminal may take for a command. The escape character is sometimes lost or written out on the way.
-_ANSI = re.compile(
+_ANSI = lazy(
     r"(?:\x1b|␛|\^\[|\\x1b|\\u001b|\\033|\\e)\[[0-9;:?<>=]{0,24}[ -/]{0,3}[@-~]"
     r"|\x9b[0-9;:?]{0,24}[ -/]{0,3}[@-~]"
     r"|\x1b[\]P_^X][^\x07\x1b\n]{0,400}(?:\x07|\x1b\\)?"
     r"|\x1b[ -/]{0,3}[0-~]?"
     r"|\[\d{1,3}(?:;\d{1,3}){0,6}m|\[0?K(?=$|[A-Z ])"
 )
-_CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x9f\ufeff\u200b-\u200f\u202a-\u202e\u2060-\u2069\u00ad]")
+_CONTROL = lazy(r"[\x00-\x08\x0e-\x1f\x7f-\x9f\ufeff\u200b-\u200f\u202a-\u202e\u2060-\u2069\u00ad]")
 # torch 2.3 printed the device's number as a character: NUL (where the message ends) for 0, \x01 for 1.
-_DEVICE_AS_CHARACTER = re.compile(r"(?<=GPU )(?:([\x01-\x08])|\^([A-H]))(?= has a total)")
-_BREAK = re.compile(r"<(?:br\s{0,3}/?|/p|/div|/tr|/li|/pre|/h\d)\s{0,3}>", re.I)
-_CELL = re.compile(r"</t[dh]>", re.I)
-_TAG = re.compile(
+_DEVICE_AS_CHARACTER = lazy(r"(?<=GPU )(?:([\x01-\x08])|\^([A-H]))(?= has a total)")
+_BREAK = lazy(r"<(?:br\s{0,3}/?|/p|/div|/tr|/li|/pre|/h\d)\s{0,3}>", re.I)
+_CELL = lazy(r"</t[dh]>", re.I)
+_TAG = lazy(
     r"</?(?:pre|code|div|span|p|br|td|th|tr|table|tbody|thead|b|i|u|font|body|html|li|ul|ol|a|em|strong|kbd|samp|"
     r"tt|blockquote|details|summary|h\d|hr|img|sub|sup|mark|small)(?:\s[^<>]{0,300})?/?>",
     re.I,
 )
-_ENTITY = re.compile(r"&(?:lt|gt|quot|amp|apos|nbsp|#\d{2,5}|#x[0-9a-f]{2,4});", re.I)
+_ENTITY = lazy(r"&(?:lt|gt|quot|amp|apos|nbsp|#\d{2,5}|#x[0-9a-f]{2,4});", re.I)
 # Quoted-printable, as mail is stored: `=` ends a wrapped line, =3D stands for itself.
-_MAIL = re.compile(r"=([0-9A-F]{2})")
-_NO_MAIL = re.compile(r"=(?![0-9A-F]{2}|\s*$)")
+_MAIL = lazy(r"=([0-9A-F]{2})")
+_NO_MAIL = lazy(r"=(?![0-9A-F]{2}|\s*$)")
 _FULLWIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
 _PLAIN = {**_FULLWIDTH, **dict.fromkeys(map(ord, "“”„‟″«»"), '"'), **dict.fromkeys(map(ord, "‘’‚‛′"), "'")}
 _PLAIN |= {**dict.fromkeys(map(ord, "\u00a0\u2007\u202f\u3000"), " "), ord("。"): ".", ord("、"): ",", ord("∶"): ":"}
 # A progress bar, with its description where it begins the line; what follows it was printed by someone else.
-_BAR = re.compile(
+_BAR = lazy(
     r"(?:^[\w /#().:,=\-\[\]]{0,60}?:?\s{0,8})?(?<![\d.])\d{1,3}%\|[^|]{0,240}\|\s{0,4}[\d.,?kKMGT]{1,12}/"
     r"[\d.,?kKMGT]{1,12}(?:\s{0,3}[A-Za-z]{1,8})?\s{0,3}\[[^\]]{0,160}\]"
     r"|^[\w /#().:,=\-]{0,60}?(?:\d{1,9}it|(?<![\d.])\d{1,3}% [\d.kMG]{1,9}/[\d.kMG]{1,9}) \[[^\]]{0,120}\]"
     r"|^[^\n]{0,60}?[━╸╺█▉▊▋▌▍▎▏▁▂▃▄▅▆▇░▒▓]{6,200}[^\n]{0,80}\d{1,9}/\d{1,9}[^\n]{0,60}$"
 )
 _FRAMED = ("│", "┃", "║", "|", "╮", "╯", "┐", "┘")  # in a box or a table all lines have one width
-_QUOTE = re.compile(r"(?:>\s?){1,12}")
-_INLINE_RANK = re.compile(r"\s(?=\[rank\d{1,5}\]:)")
-_INLINE_FRAME = re.compile(
+_QUOTE = lazy(r"(?:>\s?){1,12}")
+_INLINE_RANK = lazy(r"\s(?=\[rank\d{1,5}\]:)")
+_INLINE_FRAME = lazy(
     r'\s{1,8}(?=File "[^"\n]{1,300}", line \d|Traceback \(most recent|During handling of the above|'
     r"(?:torch\.)?(?:cuda\.)?(?:OutOfMemory|Runtime|Accelerator)Error: )"
 )
-_ESCAPED_BREAK = re.compile(
+_ESCAPED_BREAK = lazy(
     r"\\n(?=(?:\\t| ){0,12}(?:File |Traceback|During |The above|[\w.]{0,80}(?:Error|Exception)\b)|   |\\n)"
 )
-_ESCAPE = re.compile(r"\\(u[0-9a-fA-F]{4}|x[0-9a-fA-F]{2}|033|.)")
+_ESCAPE = lazy(r"\\(u[0-9a-fA-F]{4}|x[0-9a-fA-F]{2}|033|.)")
 _NAMED = {"n": "\n", "r": "\n", "t": "    ", "e": "\x1b", "033": "\x1b"}
 _JSON_SKIP = frozenset(
     ("time", "timestamp", "ts", "stream", "level", "levelname", "logger", "name", "host", "hostname")

@@ -5,28 +5,18 @@ from dataclasses import dataclass, replace
 
 from gptfit.config import RunConfig
 from gptfit.errors import GptfitError
-from gptfit.estimate import Estimate, estimate, under_program
+from gptfit.estimate import under_program
+from gptfit.memory.overhead import UNKNOWN_CARD_CONTEXT_BYTES
 from gptfit.oom import tensors
-from gptfit.oom.failed_run import FailedRun
-from gptfit.oom.read import OomFacts
-from gptfit.oom.remedies import NotRemedy, Remedy, folk_advice, general_remedies, run_remedies
-from gptfit.units import format_bytes
-
-MiB = 1 << 20
-
-ELSEWHERE = {
-    "host_ram": "the computer's own memory ran out, not the GPU's",
-    "host_killed": "the operating system killed the process: the computer's own memory ran out, not the GPU's",
-    "shm": "shared memory (/dev/shm) ran out: data loader workers hand their batches over through it",
-    "triton_shared_memory": "a Triton kernel asked for more on-chip shared memory than a multiprocessor has; "
-    "the card's memory is not the matter",
-    "cublas": "cuBLAS could not make its workspace or handle: the card's memory was exhausted just before",
-    "cudnn": "cuDNN could not make its workspace: the card's memory was exhausted just before",
-    "nccl": "NCCL could not allocate its buffers, which lie outside PyTorch's allocator",
-    "cuda_driver": "the driver had no memory left, outside PyTorch's allocator",
-    "not_oom": "this is not an out-of-memory error",
-}
-
+from gptfit.oom.case import WITHIN, Case
+from gptfit.oom.causes import cause_of, summary_of
+from gptfit.oom.changes import Failure, run_remedies, worded_remedies
+from gptfit.oom.failed_run import FailedRun, failed_run
+from gptfit.oom.folk import folk_advice
+from gptfit.oom.instant import SLACK, Instant, find_instant
+from gptfit.oom.read import OomFacts, read_paste
+from gptfit.oom.remedies import KIND_REMEDIES, NotRemedy, Remedy, general_remedies
+from gptfit.oom.trainers import TRAINERS, Trainer, trainer_of
 
 FIGURES = (
     "tried_bytes",
@@ -39,11 +29,14 @@ FIGURES = (
     "reserved_bytes",
     "reserved_unallocated_bytes",
 )
+# Kinds whose failing request is a tensor of the step.
+OF_A_TENSOR = frozenset(("cuda_caching_allocator", "hip", "xpu", "mps", "cuda_async_allocator", "per_process_limit"))
 
 
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
-    """What `gptfit explain-oom` answers."""
+    """What `gptfit explain-oom` answers. `trainer` is whose code the text is of, `program` whose tape stands for it;
+    `instant` is None where the run is not known, or makes no such tensor."""
 
     facts: OomFacts
     tensor: tensors.Tensor | None
@@ -53,11 +46,13 @@ class Diagnosis:
     not_remedies: tuple[NotRemedy, ...]
     warnings: tuple[str, ...]
     program: str
+    trainer: str
     recognised: Mapping[str, object]
-    estimate: Estimate | None
+    instant: Instant | None
+    run_known: bool
 
     def to_json(self) -> dict[str, object]:
-        facts, tensor = self.facts, self.tensor
+        facts, tensor, instant = self.facts, self.tensor, self.instant
         return {
             "schema": "gptfit.oom/1",
             "kind": facts.kind,
@@ -75,117 +70,107 @@ class Diagnosis:
             },
             "cause": self.cause,
             "summary": self.summary,
+            "alive": [{"name": row.name, "bytes": row.n_bytes} for row in instant.rows] if instant else [],
+            "alive_bytes": instant.alive_bytes if instant else None,
             "remedies": [remedy.to_json() for remedy in self.remedies],
             "not_remedies": [{"change": advice.change, "why": advice.why} for advice in self.not_remedies],
             "warnings": list(self.warnings),
             "program": self.program,
+            "trainer": self.trainer,
             "recognised": dict(self.recognised),
         }
 
 
+def explain_text(text: str, run: RunConfig | None = None, program: str | None = None) -> Diagnosis:
+    """The diagnosis of a message or a whole log: for a trainer that knows its `run` and catches its own error, and
+    for anyone else. Raises GptfitError if there is nothing in the text."""
+    facts = read_paste(text)
+    return diagnose(facts, FailedRun(run, frozenset(), True) if run else failed_run(facts), program)
+
+
 def diagnose(facts: OomFacts, failed: FailedRun | None = None, program: str | None = None) -> Diagnosis:
     """Explains `facts`. `failed` is the failed run as far as it is known, `program` whose code ran it."""
-    program = program or (facts.program if facts.program in ("gptfit", "nanogpt") else "nanogpt")
+    trainer = trainer_of(facts.program, program)
     warnings = [*facts.notes, *(failed.notes if failed else ())]
-    run: RunConfig | None = None
-    estimated: Estimate | None = None
-    if failed is not None:
-        try:
-            run = under_program(failed.run, program)
-            estimated = estimate(run, program)
-        except GptfitError as error:
-            warnings.append(error.message)
-    model_known = failed is not None and failed.model_known
-    lines = [text for frame in facts.frames for text in (frame.function, frame.code) if text]
-    tensor = tensors.name_tensor(facts.phase, lines, facts.tried_bytes, run)
-    if tensor is not None and tensor.confidence == "exact" and not model_known and not tensor.printed:
-        tensor = replace(tensor, confidence="likely")  # part of the arithmetic rests on sizes that nobody told
-    if facts.kind not in ("cuda_caching_allocator", "hip", "xpu", "mps", "cuda_async_allocator", "per_process_limit"):
-        tensor = None
-    cause = cause_of(facts, estimated if model_known else None, tensor)
-    remedies: list[Remedy] = general_remedies(facts)
-    if run is not None and estimated is not None and facts.kind != "not_oom":
-        remedies += run_remedies(facts, run, program, estimated, model_known)
+    case = _case(failed, trainer, warnings) if facts.kind != "not_oom" else None
+    known = case is not None and failed is not None and failed.model_known
+    tensor = _tensor(facts, case, known)
+    instant = None
+    if case is not None and facts.kind in OF_A_TENSOR:
+        instant = find_instant(case, facts.phase, tensor, facts.tried_bytes, facts.allocated_bytes)
+    instant = instant if known else None
+    cause = cause_of(facts, case if known else None, tensor, instant)
+    within = instant.within if instant else WITHIN.get(facts.phase, ())
+    remedies = general_remedies(facts)
+    of_run = facts.kind != "not_oom" and facts.phase not in ("model_load", "checkpoint", "data")
+    if case is not None and of_run:
+        room = _room(facts, trainer, instant) if known else None
+        remedies += run_remedies(Failure(case, trainer, within, instant, room))
+    elif of_run and facts.kind not in KIND_REMEDIES:
+        logits = tensor is not None and tensor.name.startswith(("logits", "cross entropy"))
+        remedies += worded_remedies(facts, trainer, logits)
+    if case is not None and not trainer.exact:
+        warnings.append(
+            f"the figures are those of the same model in gptfit's code, eager unless told; {trainer.title} keeps more "
+            "or less of it"
+        )
     return Diagnosis(
         facts=facts,
         tensor=tensor,
         cause=cause,
         summary=summary_of(facts, tensor, cause),
         remedies=tuple(remedies),
-        not_remedies=tuple(folk_advice(facts, run, program, estimated)) if facts.kind != "not_oom" else (),
+        not_remedies=tuple(folk_advice(case, within, remedies)) if facts.kind != "not_oom" else (),
         warnings=tuple(warnings),
-        program=program,
+        program=trainer.twin,
+        trainer=program or (facts.program if facts.program in TRAINERS else "unknown"),
         recognised=dict(facts.config),
-        estimate=estimated,
+        instant=instant,
+        run_known=known,
     )
 
 
-def cause_of(facts: OomFacts, estimated: Estimate | None, tensor: tensors.Tensor | None) -> str:
-    """One clause that says why there was no room."""
-    if facts.kind in ELSEWHERE:
-        return ELSEWHERE[facts.kind] + (
-            f": {facts.explanation}" if facts.kind == "not_oom" and facts.explanation else ""
-        )
-    tried, total = facts.tried_bytes, facts.total_bytes
-    if tried is not None and total is not None and tried > total:
-        return f"a single tensor of {format_bytes(tried)} is larger than the card"
-    allowed = getattr(facts, "allowed_bytes", None)
-    if allowed is not None and total is not None and allowed < total:
-        return f"a limit of {format_bytes(allowed)} is set for this process, below what the card has"
-    others = facts.other_processes_bytes or 0
-    free = facts.free_bytes or 0
-    if tried is not None and others >= 256 * MiB and free + others >= tried:
-        return f"other processes hold {format_bytes(others)} of the card; without them this would have fitted"
-    unallocated = facts.reserved_unallocated_bytes
-    if unallocated is None and facts.reserved_bytes is not None and facts.allocated_bytes is not None:
-        unallocated = max(0, facts.reserved_bytes - facts.allocated_bytes)
-    if tried is not None and unallocated is not None and unallocated >= tried:
-        return (
-            f"fragmentation: {format_bytes(unallocated)} are reserved and unused, but in pieces smaller than the "
-            f"{format_bytes(tried)} asked for"
-        )
-    if (
-        estimated is not None
-        and facts.allocated_bytes is not None
-        and facts.allocated_bytes > 1.2 * estimated.allocated_bytes
-    ):
-        return (
-            f"{format_bytes(facts.allocated_bytes)} are allocated where a step of this run peaks at "
-            f"{format_bytes(estimated.allocated_bytes)}: something is kept from step to step"
-        )
-    return _by_phase(facts.phase, tensor)
+def _case(failed: FailedRun | None, trainer: Trainer, warnings: list[str]) -> Case | None:
+    """None, and a warning, where the program has no such run."""
+    if failed is None:
+        return None
+    try:
+        case = Case(under_program(failed.run, trainer.twin), trainer.twin)
+        case.need(())
+        return case
+    except GptfitError as error:
+        warnings.append(error.message)
+        return None
 
 
-def _by_phase(phase: str, tensor: tensors.Tensor | None) -> str:
-    name = tensor.name if tensor else ""
-    if phase == "optimizer":
-        if name == "optimizer temporary":
-            return "the optimizer's foreach implementation makes a list as large as the parameters in its step"
-        return (
-            "the first optimizer step creates the optimizer's state, two tensors as large as the parameters for AdamW"
-        )
-    if phase == "eval":
-        return "the evaluation makes the logits of a whole batch while parameters and optimizer state are there"
-    if phase in ("model_load", "checkpoint"):
-        return "the card was full before training began: something else holds it, or a checkpoint was loaded onto it"
-    if name.startswith("logits") or name.startswith("cross entropy"):
-        return "the logits, batch × block × vocabulary, and the copies that the loss makes of them, make the peak"
-    if phase == "unknown" and not name:
-        return "the run needs more than the card has"
-    return "activations kept for backward, parameters, gradients and optimizer state need more than the card has"
+def _tensor(facts: OomFacts, case: Case | None, known: bool) -> tensors.Tensor | None:
+    """The tensor that failed; "exact" only where no size that nobody told is part of the arithmetic."""
+    if facts.kind not in OF_A_TENSOR:
+        return None
+    lines = [text for frame in facts.frames for text in (frame.function, frame.code) if text]
+    tensor = tensors.name_tensor(facts.phase, lines, facts.tried_bytes, case.run if case else None)
+    if tensor is not None and tensor.confidence == "exact" and not known and not tensor.printed:
+        return replace(tensor, confidence="likely")
+    return tensor
 
 
-def summary_of(facts: OomFacts, tensor: tensors.Tensor | None, cause: str) -> str:
-    """Two sentences: what could not be allocated, and why."""
-    if facts.kind == "not_oom":
-        return cause[:1].upper() + cause[1:] + "."
-    what = "memory"
-    if tensor is not None:
-        shape = " × ".join(str(size) for size in tensor.shape)
-        hedge = {"exact": "", "likely": "probably ", "possible": "possibly "}[tensor.confidence]
-        what = f"{hedge}the {tensor.name}" + (f" [{shape}] {tensor.dtype}" if shape else "")
-    asked = f" ({format_bytes(facts.tried_bytes)})" if facts.tried_bytes is not None else ""
-    where = {"unknown": "", "eval": " during evaluation", "model_load": " while the model was moved to the card"}.get(
-        facts.phase, f" in {facts.phase}"
-    )
-    return f"What could not be allocated{where}: {what}{asked}. Why: {cause}."
+def _room(facts: OomFacts, trainer: Trainer, instant: Instant | None) -> int | None:
+    """What the allocator could hold at that instant, for the tensors of this run: what it held and what was free, less
+    what is held beside the run. None where the text does not say, or where the tape is not that of the run."""
+    if not trainer.exact and (instant is None or instant.adds_up is False):
+        return None
+    if instant is not None and instant.adds_up is False and not instant.unexplained_bytes:
+        return None
+    reserved = facts.reserved_bytes
+    if reserved is None and facts.allocated_bytes is not None:
+        reserved = facts.allocated_bytes + (facts.reserved_unallocated_bytes or 0)
+    room = None
+    if facts.allowed_bytes is not None:
+        room = facts.allowed_bytes
+    elif reserved is not None and facts.free_bytes is not None:
+        room = reserved + facts.free_bytes
+    elif facts.total_bytes is not None:
+        room = facts.total_bytes - (facts.other_processes_bytes or 0) - UNKNOWN_CARD_CONTEXT_BYTES
+    if room is None or instant is None or instant.unexplained_bytes <= SLACK * (instant.allocated_bytes or 0):
+        return room
+    return room - instant.unexplained_bytes

@@ -1,16 +1,23 @@
-"""The run that failed: as it was given, or as the text tells it and GPT-2 where it does not."""
+"""The run that failed: as it was given, or as the text tells it, its trainer's defaults, and GPT-2 for the rest."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from gptfit.config import RunConfig
 from gptfit.door import read_config
 from gptfit.errors import GptfitError
 from gptfit.oom.read import OomFacts
+from gptfit.oom.trainers import trainer_of
 
 MODEL = frozenset(("n_layer", "n_embd"))
 BATCH = frozenset(("batch_size", "block_size"))
 TOLD = MODEL | BATCH | {"vocab_size", "n_head"}
+# More than anyone has trained: a text that tells more does not tell a run.
+MOST: Mapping[str, int] = {
+    **{"n_layer": 256, "n_head": 1024, "n_kv_head": 1024, "n_embd": 1 << 16, "n_hidden": 1 << 19},
+    **{"vocab_size": 1 << 22, "block_size": 1 << 21, "batch_size": 1 << 16, "eval_batch_size": 1 << 16},
+    **{"gradient_accumulation_steps": 1 << 20, "n_gpus": 1 << 17},
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,23 +42,45 @@ def failed_run(facts: OomFacts, config: str | None = None, overrides: Sequence[s
     """
     if config is not None:
         return FailedRun(read_config(config, overrides).run, frozenset(), True)
+    trainer = trainer_of(facts.program)
     typed = read_config(None, overrides)
     recognised = {key: value for key, value in facts.config.items() if key not in typed.user_keys}
+    huge = [key for key, value in recognised.items() if isinstance(value, int) and value > MOST.get(key, value)]
+    notes = [f"{key}={recognised.pop(key)} is not believed, and not used" for key in huge]
     told = typed.user_keys | recognised.keys()
     if not told & TOLD:
         return None
-    texts = [f"{key}={value}" for key, value in recognised.items()]
+    values = {**{key: value for key, value in trainer.assumed.items() if key not in typed.user_keys}, **recognised}
+    if trainer.per_gpu and "gradient_accumulation_steps" in recognised:
+        values["gradient_accumulation_steps"] = int(str(values["gradient_accumulation_steps"])) * _gpus(values)
+    elif "n_gpus" in recognised and "gradient_accumulation_steps" not in told:
+        values["gradient_accumulation_steps"] = _gpus(values)
     if "n_embd" in told and "n_head" not in told:
-        texts.append(f"n_head={heads(int(str(recognised.get('n_embd', typed.run.n_embd))))}")
+        values["n_head"] = heads(int(str(recognised.get("n_embd", typed.run.n_embd))))
     try:
-        run = read_config(None, [*texts, *overrides]).run
+        run = read_config(None, [*(f"{key}={value}" for key, value in values.items()), *overrides]).run
     except GptfitError as error:
-        note = f"the keys that the text tells do not make a run ({error.message}); only what was typed is used"
-        return FailedRun(typed.run, typed.user_keys, False, (note,)) if typed.user_keys & TOLD else None
-    assumed = sorted(key for key in TOLD - told if key != "n_head")
-    values = " ".join(f"{key}={getattr(run, key)}" for key in assumed)
-    notes = (f"not told, taken from GPT-2: {values}",) if assumed else ()
-    return FailedRun(run, frozenset(told), False, notes)
+        notes.append(f"the keys that the text tells do not make a run ({error.message}); only what was typed is used")
+        return FailedRun(typed.run, typed.user_keys, False, tuple(notes)) if typed.user_keys & TOLD else None
+    return FailedRun(run, frozenset(told), False, (*notes, *_assumed(run, told, trainer.assumed, trainer.title)))
+
+
+def _gpus(values: Mapping[str, object]) -> int:
+    return int(str(values.get("n_gpus", 1)))
+
+
+def _assumed(run: RunConfig, told: frozenset[str] | set[str], own: Mapping[str, object], title: str) -> list[str]:
+    """What neither the text nor the user told, and what stands for it."""
+    notes = []
+    trainers = sorted(key for key in own.keys() - told if key not in ("expandable_segments", "n_gpus"))
+    if trainers and own.keys() & TOLD:
+        values = " ".join(f"{key}={getattr(run, key)}" for key in trainers)
+        notes.append(f"not told, {title}'s own defaults: {values}")
+    assumed = sorted(key for key in TOLD - told - own.keys() if key != "n_head")
+    if assumed:
+        values = " ".join(f"{key}={getattr(run, key)}" for key in assumed)
+        notes.append(f"not told, taken from GPT-2: {values}")
+    return notes
 
 
 def heads(n_embd: int) -> int:

@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
+from gptfit.oom.pattern import lazy
+
 UNITS = {"b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 # Windows and WSL print 17179869184.00 GiB, all ones, where the driver does not tell; no card has an exabyte.
 UNKNOWN_BYTES = 1 << 60
@@ -25,7 +27,7 @@ _ASKED = r"tr(?:ied|ies|ying)(?:to)?alloc(?:ate|ating)?:?(?:about|~)?"
 
 
 def _compiled(*patterns: str) -> tuple[re.Pattern[str], ...]:
-    return tuple(re.compile(pattern) for pattern in patterns)
+    return tuple(lazy(pattern) for pattern in patterns)
 
 
 ANY = {
@@ -69,21 +71,21 @@ BRACKETS = {
     # Before torch 1.4: reserved less allocated (in 1.4 and later the word is "reserved", and it is the total).
     "cached_bytes": _compiled(rf"{_WHOLE}{_IS}(?:cached|incache)"),
 }
-_SENTENCES = re.compile(
+_SENTENCES = lazy(
     r"capa\w{1,7}?of\d|ofwhich|memoryinuse|butunallocated|ofthealloc|thisprocesshas|mpsallocated|currentlyallocated|devicelimit"
 )
-_TOTAL = re.compile(r"hasa?totalcapa")
-_OTHER = re.compile(rf"process\d{{1,12}}has{_SIZE}")
-_OTHER_BEGUN = re.compile(r"process\d{1,12}(?:has|$|\d|h$|ha$)")
-_OTHERS_OVER = re.compile(r"oftheallocated|allowed;|isallocatedby|isreservedby")
-_DEVICE_SENTENCE = re.compile(r"(?:gpu|npu|xpu|device):?(\d{1,3})(?=hasa?total|wouldexceed)")
-_DEVICE = re.compile(r"(?:\b|[a-z])(?:gpu|npu|mlu|xpu):?(\d{1,2})(?=[;,:)]| \d)")
-_START = re.compile(
+_TOTAL = lazy(r"hasa?totalcapa")
+_OTHER = lazy(rf"process\d{{1,12}}has{_SIZE}")
+_OTHER_BEGUN = lazy(r"process\d{1,12}(?:has|$|\d|h$|ha$)")
+_OTHERS_OVER = lazy(r"oftheallocated|allowed;|isallocatedby|isreservedby")
+_DEVICE_SENTENCE = lazy(r"(?:gpu|npu|xpu|device):?(\d{1,3})(?=hasa?total|wouldexceed)")
+_DEVICE = lazy(r"(?:\b|[a-z])(?:gpu|npu|mlu|xpu):?(\d{1,2})(?=[;,:)]| \d)")
+_START = lazy(
     r"(?P<error>outofmemoryerror)"
     r"|(?P<memory>(?:cuda|hip|xpu|npu|mlu|musa|mpsbackend)(?:driver)?(?:error:?)?outofmemory|allocationondevice\d{0,3}would)"
     r"|(?P<tried>tr(?:ied|ies|ying)(?:to)?alloc|(?:尝试|试图|嘗試)分配|unabletoallocate\d|failedtocuda\w{0,4}calloc|invalidbuffersize)"
 )
-_END = re.compile(r"traceback\(most|thestacktracebelow")
+_END = lazy(r"traceback\(most|thestacktracebelow")
 _ORDER = {"error": 0, "memory": 1, "tried": 2}
 
 

@@ -4,29 +4,31 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from gptfit.oom.pattern import lazy
+
 MOST_FRAMES = 400
 
-_PYTHON = re.compile(
+_PYTHON = lazy(
     r'File\s{0,3}(?:"([^"\n]{1,400})"|((?:[A-Za-z]:)?[\w./\\<>~ -]{1,300}?(?:\.py|>)))'
     r"\s{0,3},?\s{0,3}line\s{0,3}(\d{1,7})"
     r"(?:\s{0,3},?\s{0,3}in\s{0,3}(<?[\w.]{1,120}>?)(?:\(\))?(?:\s{2,}(\S.{0,400}))?)?"
 )
-_RICH = re.compile(r"\s{0,3}(\S[^\n]{0,300}?\.pyx?|\S*<[\w. ]{1,60}>):(\d{1,7}) in\s{0,3}([\w.<>]{1,120})?\s*$")
-_RICH_ARROW = re.compile(r"\s{0,3}[❱>]\s{1,3}(\d{1,7})\s{1,3}[│|]?([ │|]{0,80})(\S.{0,400})")
-_CELL = re.compile(r"\s{0,3}(?:Cell|Input) In\s?\[(\d{1,5})\](?:, (?:line|in) (?:<cell )?(?:line: )?(\d{1,7}))?")
-_IPYTHON = re.compile(r"\s{0,3}File (\S[^\n]{0,300}?):(\d{1,7}), in ([\w.<>]{1,120})")
-_IPYTHON_OLD = re.compile(
+_RICH = lazy(r"\s{0,3}(\S[^\n]{0,300}?\.pyx?|[^\s<]{0,200}<[\w. ]{1,60}>):(\d{1,7}) in\s{0,3}([\w.<>]{1,120})?\s*$")
+_RICH_ARROW = lazy(r"\s{0,3}[❱>]\s{1,3}(\d{1,7})\s{1,3}[│|]?([ │|]{0,80})(\S.{0,400})")
+_CELL = lazy(r"\s{0,3}(?:Cell|Input) In\s?\[(\d{1,5})\](?:, (?:line|in) (?:<cell )?(?:line: )?(\d{1,7}))?")
+_IPYTHON = lazy(r"\s{0,3}File (\S[^\n]{0,300}?):(\d{1,7}), in ([\w.<>]{1,120})")
+_IPYTHON_OLD = lazy(
     r"\s{0,3}(~?/\S{1,300}\.pyx?|[A-Za-z]:\\\S{1,300}\.py|<ipython-input-\S{1,60}>|/tmp/ipykernel_\S{1,80})"
     r" in ([\w.<>]{1,120})"
 )
-_ARROW = re.compile(r"\s{0,3}-{2,8}> ?(\d{1,7})\s(.{0,400})")
-_PYTEST = re.compile(r"([\w./\\-]{1,300}\.py):(\d{1,7}): in ([\w.<>]{1,120})")
-_CARETS = re.compile(r"[\s^~]+$")
-_NO_CODE = re.compile(
+_ARROW = lazy(r"\s{0,3}-{2,8}> ?(\d{1,7})\s(.{0,400})")
+_PYTEST = lazy(r"([\w./\\-]{1,300}\.py):(\d{1,7}): in ([\w.<>]{1,120})")
+_CARETS = lazy(r"[\s^~]+$")
+_NO_CODE = lazy(
     r"\s{0,4}(?:File\s|Traceback \(most|During handling|The above exception|\[Previous line|frame #\d|"
     r"(?:[a-z_]\w{0,40}\.){0,6}[A-Z]\w{0,60}(?:Error|Exception|Interrupt|Exit)\b)"
 )
-_HEADER = re.compile(r"traceback\(most")
+_HEADER = lazy(r"traceback\(most")
 
 
 @dataclass(frozen=True, slots=True)

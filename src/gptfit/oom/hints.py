@@ -4,6 +4,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from gptfit.oom.pattern import lazy
+
 
 @dataclass(frozen=True, slots=True)
 class ShapeHint:
@@ -15,34 +17,34 @@ class ShapeHint:
 
 
 _DTYPES = r"(?:float(?:16|32|64)|bfloat16|half|float|double|int(?:8|16|32|64)|uint8|bool|float8_e4m3fn|float8_e5m2)"
-_STRIDED = re.compile(
+_STRIDED = lazy(
     rf"empty_strided(?:_cuda|_cpu|_xpu|_p2p)?\(\s{{0,4}}\(([\d, ]{{1,120}})\)\s{{0,4}},"
     rf"\s{{0,4}}\([\d, ]{{0,120}}\)\s{{0,4}}(?:,\s{{0,4}}(?:device='[\w:]{{1,12}}',\s?)?(?:dtype=)?torch\.({_DTYPES}))?"
 )
-_CALL = re.compile(
+_CALL = lazy(
     rf"torch\.(?:empty|zeros|ones|randn|rand|full)\(\s{{0,4}}[\[(]?(\d[\d, ]{{0,120}})[\])]?\s{{0,4}},"
     rf"[^)]{{0,80}}?dtype=torch\.({_DTYPES})"
 )
-_SIZE = re.compile(r"torch\.Size\(\[([\d, ]{1,120})\]\)")
-_NUMPY = re.compile(rf"for an array with shape \(([\d, ]{{1,120}})\)(?: and data type ({_DTYPES}))?")
+_SIZE = lazy(r"torch\.Size\(\[([\d, ]{1,120})\]\)")
+_NUMPY = lazy(rf"for an array with shape \(([\d, ]{{1,120}})\)(?: and data type ({_DTYPES}))?")
 _SAME = {"half": "float16", "float": "float32", "double": "float64"}
 
 PROGRAMS: tuple[tuple[str, re.Pattern[str]], ...] = (
-    ("gptfit", re.compile(r"gptfit[/\\]|\bgptfit train\b|\bgptfit\.train\b")),
-    ("nanochat", re.compile(r"nanochat|base_train\b|chat_sft\b|mid_train\b")),
-    ("trl", re.compile(r"\btrl[/\\]|\b(?:SFT|DPO|GRPO|PPO|ORPO|KTO)Trainer\b|\btrl sft\b")),
-    ("torchtune", re.compile(r"torchtune|\btune run\b")),
-    ("litgpt", re.compile(r"litgpt|lit_gpt|lit-gpt|lit-llama|lightning[/\\]fabric")),
+    ("gptfit", lazy(r"gptfit[/\\]|\bgptfit train\b|\bgptfit\.train\b")),
+    ("nanochat", lazy(r"nanochat|base_train\b|chat_sft\b|mid_train\b")),
+    ("trl", lazy(r"\btrl[/\\]|\b(?:SFT|DPO|GRPO|PPO|ORPO|KTO)Trainer\b|\btrl sft\b")),
+    ("torchtune", lazy(r"torchtune|\btune run\b")),
+    ("litgpt", lazy(r"litgpt|lit_gpt|lit-gpt|lit-llama|lightning[/\\]fabric")),
     (
         "huggingface",
-        re.compile(
+        lazy(
             r"transformers[/\\]|TrainingArguments|per_device_train_batch_size|\btrainer\.train\(\)"
             r"|run_clm\.py|accelerate launch"
         ),
     ),
     (
         "nanogpt",
-        re.compile(
+        lazy(
             r"nanoGPT|estimate_loss|configurator\.py|logits, loss = model\(X, Y\)|scaler\.scale\(loss\)|get_batch\("
             r"|tokens per iteration will be|Overriding config with config/|scaler\.step\(optimizer\)"
             r"|out-shakespeare|train_gpt2\.py|train_shakespeare"
@@ -50,11 +52,11 @@ PROGRAMS: tuple[tuple[str, re.Pattern[str]], ...] = (
         ),
     ),
 )
-_VERSION = re.compile(
+_VERSION = lazy(
     r"(?:\btorch(?:\s{0,3}(?:==|version:?|ver\.?|v)\s{0,3}|\s{1,20}|-|:\s{0,8})|\b[Pp]y[Tt]orch(?:\s{0,3}(?:version)?\s{0,3}[:=]?\s{0,8}|\s|/)v?|torch\.__version__\W{1,6})"
     r"v?([0-2]\.\d{1,2}(?:\.\d{1,2})?)(?![\d.])"
 )
-_GPU = re.compile(
+_GPU = lazy(
     r"\b(?:(?:NVIDIA )?(?:GeForce )?(?:RTX|GTX)(?: PRO)?[ -]?A?\d{3,4}"
     r"(?: (?:Ti|SUPER|Super|Ada|D|Laptop|Max-Q|Generation|Blackwell)){0,3}"
     r"|(?:NVIDIA |Tesla )(?:RTX A?\d{4}|Quadro RTX \d{4}|TITAN \w{1,3}|[TLPKM]\d{1,3}S?)\b"

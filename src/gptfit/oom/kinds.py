@@ -1,9 +1,10 @@
 """Which error a text is about: the wording of the highest rank; among equals the first in the text."""
 
-import re
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from gptfit.oom.pattern import lazy
 from gptfit.oom.stream import Stream
 from gptfit.oom.wordings import FAILED, INDEX, KILLED, LAUNCHER, PINNED, RULES, SIGTERM, Rule
 
@@ -24,25 +25,24 @@ FOLLOWS = ("NCCL", "time limit", "SIGSEGV", "KeyboardInterrupt")
 PLAIN_ERRORS = frozenset(
     ("KeyError", "ValueError", "TypeError", "AttributeError", "ImportError", "ModuleNotFoundError", "FileNotFoundError")
 ) | frozenset(("AssertionError", "IndexError", "NameError", "ZeroDivisionError", "NotImplementedError", "SyntaxError"))
-_ERROR_LINE = re.compile(
+_ERROR_LINE = lazy(
     r"\s{0,8}((?:[A-Za-z_]\w{0,60}\.){0,8}[A-Z]\w{0,60}(?:Error|Exception|Exit|Interrupt|Warning))(?::\s(.{0,300})|\s*$)"
 )
-_SIGNAL_ERROR = re.compile(r"SignalException|ChildFailedError|CalledProcessError|Warning$")
-_KILLED_LINE = re.compile(
+_SIGNAL_ERROR = lazy(r"SignalException|ChildFailedError|CalledProcessError|Warning$")
+_KILLED_LINE = lazy(
     r"\s{0,8}(?:\S{1,160}:\s?line\s\d{1,6}:\s+\d{1,9}\s+|\[\d{1,4}\]\s*[-+]?\s*\d{1,9}\s+|z?(?:sh|bash):\s"
     r"|srun: error: \S{1,60} task \S{1,20} )?"
     r"(?:Killed|killed)(?:\s|$|:)"
 )
-_MENTION = re.compile(r"outofmemory|显存不足|爆显存|メモリ不足")
+_MENTION = lazy(r"outofmemory|显存不足|爆显存|メモリ不足")
 # These lines come from a failed check in a kernel; later calls of libraries then fail, whatever their message says.
-_ASSERTED = re.compile(r"assertion.{0,160}failed|device-sideassert")
+_ASSERTED = lazy(r"assertion.{0,160}failed|device-sideassert")
 
 
 def kind_of(lines: Sequence[str], stream: Stream) -> Kind:
     """What the paste is about. `stream` is that of all `lines`."""
     text = stream.text
-    found = sorted(_matches(text), key=lambda match: (match[0].rank, match[1]))
-    best = found[0] if found else None
+    best = _best(text)
     if best is not None and best[0].rank <= PINNED:
         return _kind(*best)
     if best is not None and best[0].rank == FAILED:
@@ -62,13 +62,13 @@ def kind_of(lines: Sequence[str], stream: Stream) -> Kind:
     return _mentioned(errors, text)
 
 
-def _matches(text: str) -> list[tuple[Rule, int]]:
-    hits: list[tuple[Rule, int]] = []
-    for rule in RULES:
-        match = rule.pattern.search(text)
-        if match is not None:
-            hits.append((rule, match.start()))
-    return hits
+def _best(text: str) -> tuple[Rule, int] | None:
+    """The wording of the highest rank, with its place; of one rank the first in the text."""
+    for _, rules in itertools.groupby(sorted(RULES, key=lambda rule: rule.rank), key=lambda rule: rule.rank):
+        hits = [(rule, match.start()) for rule in rules if (match := rule.pattern.search(text)) is not None]
+        if hits:
+            return min(hits, key=lambda hit: hit[1])
+    return None
 
 
 def _kind(rule: Rule, at: int) -> Kind:

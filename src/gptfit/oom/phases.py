@@ -5,100 +5,99 @@ import re
 from collections.abc import Callable, Sequence
 
 from gptfit.oom.frames import Frame
+from gptfit.oom.pattern import lazy
 
 # Functions and files by their own names, without class names in front.
-_EVAL = re.compile(
+_EVAL = lazy(
     r"(?:run_|do_|_)?(?:estimate_loss|evaluate|evaluation|eval|evaluator|validate|validation|valid)"
     r"(?:_loop|_step|_epoch|_model|_loss|_one_epoch|_end|_bpb|_core|_perplexity|_hellaswag|ion_loop|ion_step)?"
     r"|evaluate_\w{1,30}|eval_\w{1,30}|val_\w{1,30}|quick_eval|test_loop|test_step|test_epoch|prediction_step|prediction_loop"
     r"|predict|predict_step|compute_perplexity|perplexity|generate|generate_\w{1,30}|sample|sample_\w{1,20}|greedy_search"
     r"|beam_search|_sample|inference|run_inference|compute_val_loss|get_val_loss|validation_step"
 )
-_EVAL_CODE = re.compile(
+_EVAL_CODE = lazy(
     r"\b(?:estimate_loss|evaluate(?:_\w{1,30})?|validate(?:_\w{1,30})?|run_validation|eval_(?:epoch|model|step|loop)"
     r"|compute_val_loss|get_val_loss|\.generate|sample_text)\(|#\s*estimate_loss"
 )
-_COMPILE_FILE = re.compile(
+_COMPILE_FILE = lazy(
     r"torch[/\\]_inductor[/\\](?:select_algorithm|autotune_process|compile_fx|async_compile|scheduler|graph|codecache|"
     r"compile_worker|codegen|lowering|fx_passes|ir|kernel|runtime[/\\](?:benchmarking|coordinate_descent_tuner))"
     r"|triton[/\\](?:testing|runtime[/\\]autotuner|compiler)|torch[/\\]_dynamo[/\\](?:convert_frame|symbolic_convert|output_graph|variables)"
 )
-_COMPILE_FUNCTION = re.compile(
+_COMPILE_FUNCTION = lazy(
     r"(?:\w{0,40}autotune\w{0,40}|do_bench\w{0,30}|benchmark\w{0,40}|_?bench|compile_fx\w{0,20}|precompile|"
     r"warmup|warm_up|_?record|record_function|coordesc\w{0,20}|coordinate_descent_tuning)"
 )
 # What these files do at run time, with the compiled code in hand.
 _COMPILED_RUN = frozenset(("run", "__call__", "_run_from_cache", "call", "new_callable", "wrapper", "run_node_cached"))
-_COMPILE_RECORD = re.compile(r"cudagraph_trees|cuda[/\\]graphs")
-_CHECKPOINT_FILE = re.compile(r"torch[/\\]serialization|torch[/\\]distributed[/\\]checkpoint|safetensors")
-_CHECKPOINT_FUNCTION = re.compile(
+_COMPILE_RECORD = lazy(r"cudagraph_trees|cuda[/\\]graphs")
+_CHECKPOINT_FILE = lazy(r"torch[/\\]serialization|torch[/\\]distributed[/\\]checkpoint|safetensors")
+_CHECKPOINT_FUNCTION = lazy(
     r"(?:load|save|resume|restore)_(?:from_)?(?:checkpoint|ckpt|state|training_state)\w{0,20}|_save_checkpoint|load_state_dict"
     r"|_load_state_dict\w{0,20}|persistent_load|_cuda_deserialize|restore_location|_rebuild_tensor\w{0,10}|state_dict|full_state_dict"
     r"|_load_optimizer_and_scheduler|save_model"
 )
-_CHECKPOINT_CODE = re.compile(r"\btorch\.(?:load|save)\(|\bload_state_dict\(|\b(?:load|save)_checkpoint\(")
-_OPTIMIZER_FILE = re.compile(
+_CHECKPOINT_CODE = lazy(r"\btorch\.(?:load|save)\(|\bload_state_dict\(|\b(?:load|save)_checkpoint\(")
+_OPTIMIZER_FILE = lazy(
     r"torch[/\\]optim[/\\]|bitsandbytes[/\\]optim|apex[/\\]optimizers|torchao[/\\]optim|torch[/\\]amp[/\\]grad_scaler"
     r"|torch[/\\]cuda[/\\]amp[/\\]grad_scaler|nn[/\\]utils[/\\]clip_grad|transformer_engine[/\\].{0,40}optim|[/\\]\w{0,12}muon\w{0,12}\.py|(?:^|[/\\])optim\w{0,12}\.py"
 )
-_OPTIMIZER_FUNCTION = re.compile(
+_OPTIMIZER_FUNCTION = lazy(
     r"_?(?:multi_tensor|single_tensor|fused)_\w{1,20}|_init_group|init_state|clip_grad\w{0,20}|_clip_grads\w{0,20}|optimizer_step"
     r"|zeropower_via_newtonschulz5|newton_schulz\w{0,10}|unscale_|_unscale_grads_|_take_model_step|step_update"
 )
-_OPTIMIZER_CODE = re.compile(
+_OPTIMIZER_CODE = lazy(
     r"\b(?:\w{0,30}optim\w{0,20}|opt|scaler|self\.opt)(?:\[[^\]]{1,30}\])?\.step\(|\bclip_grad_(?:norm|value)_?\(|_foreach_\w{2,20}\(|_multi_tensor_|_single_tensor_"
     r"|\bexp_avg(?:_sq)?\b|\.unscale_\(|state\[[\"']?\w{1,24}[\"']?\]\s*=|\boptimizer\.zero_grad\(|denom\s*="
 )
-_CLOSURE = re.compile(r"\bclosure\(\)|optimizer_closure\(")
-_BACKWARD_FILE = re.compile(
+_CLOSURE = lazy(r"\bclosure\(\)|optimizer_closure\(")
+_BACKWARD_FILE = lazy(
     r"torch[/\\]autograd[/\\](?:__init__|graph)|torch[/\\]_tensor\.py|_functorch[/\\]_aot_autograd[/\\].{0,40}$"
 )
-_BACKWARD_FUNCTION = re.compile(
+_BACKWARD_FUNCTION = lazy(
     r"_engine_run_backward|run_backward|call_compiled_backward|backward|_?backward_\w{1,20}|(?!forward)\w{1,30}_backward"
 )
-_BACKWARD_CODE = re.compile(
-    r"\.backward\(|run_backward\(|call_compiled_backward\(|autograd\.grad\(|CompiledFunctionBackward"
-)
-_MODULE_FILE = re.compile(r"torch[/\\]nn[/\\]modules[/\\]module\.py")
-_LOAD_FUNCTION = re.compile(
+_BACKWARD_CODE = lazy(r"\.backward\(|run_backward\(|call_compiled_backward\(|autograd\.grad\(|CompiledFunctionBackward")
+_MODULE_FILE = lazy(r"torch[/\\]nn[/\\]modules[/\\]module\.py")
+_LOAD_FUNCTION = lazy(
     r"from_pretrained|_from_pretrained|_?load_pretrained_model|load_model\w{0,20}|_load_state_dict_into\w{0,20}|dispatch_model|init_model"
     r"|set_module_tensor_to_device|_init_weights|reset_parameters|init_weights|build_model|create_model|setup_model|get_model|fully_shard"
     r"|load_checkpoint_in_model|_move_model_to_device|prepare_model|_prepare_model|to_empty|_broadcast_coalesced|_sync_module_states"
     r"|_replace_with_\w{1,30}|materialize_\w{1,20}|post_init|__init__"
 )
-_LOAD_MODULE_FUNCTION = re.compile(r"to|_apply|convert|cuda|half|float|bfloat16|double|to_empty")
-_LOAD_CODE = re.compile(
+_LOAD_MODULE_FUNCTION = lazy(r"to|_apply|convert|cuda|half|float|bfloat16|double|to_empty")
+_LOAD_CODE = lazy(
     r"\b(?:\w{0,30}model\w{0,20}|net|network|module|gpt|llm|llama|policy|transformer|backbone|decoder|encoder)\.(?:to|cuda|half|float|bfloat16)\("
     r"|\bfrom_pretrained\(|\b(?:DDP|FSDP|DistributedDataParallel|FullyShardedDataParallel|fully_shard)\(|\bt\.to\($|self\._apply\("
     r"|\bparam_applied\b|\bself\.to\(|=\s*(?:GPT|Transformer|Llama)\w{0,20}\("
 )
-_DATA_FILE = re.compile(
+_DATA_FILE = lazy(
     r"torch[/\\]utils[/\\]data[/\\]|(?:^|[/\\])(?:data|dataset|dataloader|datasets|loader)\w{0,20}\.py$|torch[/\\]multiprocessing"
 )
-_DATA_FUNCTION = re.compile(
+_DATA_FUNCTION = lazy(
     r"get_batch|next_batch|get_next_batch|pin_memory|_pin_memory\w{0,10}|__next__|_next_data|\w{0,20}collate\w{0,20}|send_to_device|_prepare_inputs?"
     r"|_next_index|__getitem__|_process_data|_try_get_data|_get_data|fetch|_move_to_device|batch_to_device|data_generator"
 )
-_DATA_CODE = re.compile(
+_DATA_CODE = lazy(
     r"\bget_batch\(|\.pin_memory\(|non_blocking\s?=\s?True|\b(?:x|y|X|Y|xb|yb|batch|inputs?|input_ids|idx|tokens?|targets?|labels?|data|images?)"
     r"(?:\[\S{1,30}\])?\.(?:to|cuda)\("
 )
-_LOSS_CODE = re.compile(
+_LOSS_CODE = lazy(
     r"\bcross_entropy(?:_loss)?\(|\bnll_loss\(|\b(?:criterion|loss_fn|loss_func|loss_function|compute_loss|loss_fct|calc_loss|CrossEntropyLoss\(\))\("
     r"|\blog_softmax\(|\blinear_cross_entropy\("
 )
-_LOSS_FUNCTION = re.compile(
+_LOSS_FUNCTION = lazy(
     r"cross_entropy(?:_loss)?|compute_loss|loss_fn|loss_func|loss_function|ForCausalLMLoss|fixed_cross_entropy|nll_loss|log_softmax|"
     r"chunked_cross_entropy|linear_cross_entropy|calc_loss|criterion|get_loss"
 )
-_LOSS_FILE = re.compile(
+_LOSS_FILE = lazy(
     r"torch[/\\]nn[/\\]modules[/\\]loss\.py|torch[/\\]nn[/\\]functional\.py|[/\\]\w{0,20}loss\w{0,20}\.py"
 )
-_LOSS_MODULE = re.compile(r"nn[/\\]modules[/\\]loss\.py")
-_FORWARD_FUNCTION = re.compile(
+_LOSS_MODULE = lazy(r"nn[/\\]modules[/\\]loss\.py")
+_FORWARD_FUNCTION = lazy(
     r"forward|\w{1,30}_forward|forward_\w{1,30}|_call_impl|_wrapped_call_impl|training_step|compute_loss|__call__"
 )
-_FORWARD_CODE = re.compile(
+_FORWARD_CODE = lazy(
     r"\b(?:\w{0,20}model\w{0,20}|net|network|module|gpt|llm)\(|forward_call\(|\.forward\(|\blm_head\(|self\.(?:attn|mlp|wte|wpe|gelu|c_fc|c_attn|c_proj|ln_\w)\("
     r"|\b(?:logits|att|scores|attn\w{0,12})\s*(?:,\s*\w{1,12}\s*)?=|scaled_dot_product_attention\(|\bF\.\w{2,30}\("
 )
@@ -148,7 +147,7 @@ def phase_of_text(lines: Sequence[str]) -> str:
         ("checkpoint", _CHECKPOINT_CODE),
         ("loss", _LOSS_CODE),
         ("data", _DATA_CODE),
-        ("forward", re.compile(r"\bmodel\(|\.forward\(|in forward\b")),
+        ("forward", lazy(r"\bmodel\(|\.forward\(|in forward\b")),
     ):
         if any(pattern.search(frame.code) for frame in frames):
             return phase

@@ -2,6 +2,8 @@
 
 import re
 
+from gptfit.oom.pattern import lazy
+
 _LEVELS = (
     r"(?:ERROR|CRITICAL|FATAL|WARNING|WARN|INFO|DEBUG|NOTICE|TRACE|STDERR|STDOUT"
     r"|stderr|stdout|error|warning|info|Error)"
@@ -11,7 +13,7 @@ _DATE = (
     r"(?:\s?(?:Z|UTC|[A-Z]{3,4}|[+-]\d\d:?\d\d))?"
 )
 # Taken off wherever they begin a line, one inside the other.
-_PREFIX = re.compile(
+_PREFIX = lazy(
     r"(?:"
     + "|".join(
         (
@@ -38,21 +40,21 @@ _PREFIX = re.compile(
     )
     + ")"
 )
-_RANK = re.compile(
+_RANK = lazy(
     r"(?:default|rank|RANK|Rank|worker|Worker|local_rank)[ _:=-]?(\d{1,5})|\[\d{1,4},(\d{1,5})\]<|^\[(\d{1,4})\]:"
 )
 # Taken off only where many lines of a paste have them: what they look like may as well be a line's own beginning.
 _COMMON = {
-    "number": re.compile(r"\s{0,6}(\d{1,6})(?::\s|\s?[|│)]\s?|\t|\.\s)"),
-    "label": re.compile(r"[\w.@/-]{1,60}\s{0,30}\|\s?"),
-    "name": re.compile(r"[\w.@-]{1,40}:\s"),
-    "comment": re.compile(r"\s{0,12}(?:#{1,6}|/{2,4}|--|;{1,3}|%{1,3}|\*{1,2})(?:\s|$)"),
-    "diff": re.compile(r"[+-](?![+-])\s?"),
-    "cell": re.compile(r"\s{0,12}\|\s?"),
+    "number": lazy(r"\s{0,6}(\d{1,6})(?::\s|\s?[|│)]\s?|\t|\.\s)"),
+    "label": lazy(r"[\w.@/-]{1,60}\s{0,30}\|\s?"),
+    "name": lazy(r"[\w.@-]{1,40}:\s"),
+    "comment": lazy(r"\s{0,12}(?:#{1,6}|/{2,4}|--|;{1,3}|%{1,3}|\*{1,2})(?:\s|$)"),
+    "diff": lazy(r"[+-](?![+-])\s?"),
+    "cell": lazy(r"\s{0,12}\|\s?"),
 }
-_NO_NAME = re.compile(r"(?:[\w.]{0,80}(?:Error|Exception|Warning)|Traceback|File|Process|NCCL|CUDA|torch|return)\b")
-_BOX_TAIL = re.compile(r"\s*[│┃║╎┆▐]\s*$")
-_BOX = re.compile(r"[─━═╭╮╰╯┌┐└┘├┤┬┴┼╔╗╚╝╠╣╦╩╬╌╍┄┅┈┉]+")
+_NO_NAME = lazy(r"(?:[\w.]{0,80}(?:Error|Exception|Warning)|Traceback|File|Process|NCCL|CUDA|torch|return)\b")
+_BOX_TAIL = "│┃║╎┆▐"
+_BOX = lazy(r"[─━═╭╮╰╯┌┐└┘├┤┬┴┼╔╗╚╝╠╣╦╩╬╌╍┄┅┈┉]+")
 
 
 def common_prefixes(raw: list[str]) -> tuple[re.Pattern[str], ...]:
@@ -91,8 +93,8 @@ def strip_prefixes(line: str, common: tuple[re.Pattern[str], ...]) -> tuple[str,
                 break
         else:
             break
-    if line[-3:].strip().endswith(("│", "┃", "║", "╎", "┆", "▐")):
-        line = _BOX_TAIL.sub("", line)
+    if line[-3:].strip().endswith(tuple(_BOX_TAIL)):
+        line = line.rstrip()[:-1].rstrip()
     return (_BOX.sub(" ", line) if not line.isascii() else line), rank
 
 

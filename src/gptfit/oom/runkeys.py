@@ -3,6 +3,10 @@
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import get_args
+
+from gptfit.config import RunConfig
+from gptfit.oom.pattern import lazy
 
 # Of two places that tell a key the later one in this list is right: a command line overrides a config file.
 PLACES = (
@@ -25,12 +29,8 @@ INTEGERS = frozenset(
 NUMBERS = frozenset(("learning_rate", "weight_decay", "dropout", "grad_clip", "beta1", "beta2"))
 FLAGS = frozenset(("compile", "bias"))
 CHOICES = {
-    "dtype": ("float32", "bfloat16", "float16"),
-    "optimizer": ("adamw", "adamw8bit", "adafactor", "lion", "muon", "sgd"),
-    "attention": ("flash", "math"),
-    "activation_checkpointing": ("none", "block"),
-    "loss": ("full", "chunked"),
-    "optimizer_impl": ("fused", "foreach", "for-loop"),
+    key: get_args(RunConfig.model_fields[key].annotation)
+    for key in ("dtype", "optimizer", "attention", "activation_checkpointing", "loss", "optimizer_impl")
 }
 # Names that other programs give these keys: transformers, litgpt, nanochat, torchtune.
 OTHER_NAMES = {
@@ -83,38 +83,38 @@ _VALUE = (
     r"(?P<value>-?\d{1,12}(?:_\d{3}){0,4}(?:\.\d{0,12})?(?:[eE]-?\d{1,3})?(?:\s?\*\s?\d{1,9}){0,3}"
     r"|True|False|true|false|None|['\"]?[A-Za-z][\w.-]{1,40}['\"]?)"
 )
-_PAIR = re.compile(
+_PAIR = lazy(
     rf"(?<![\w.])(?P<dash>--(?:[a-z]{{1,12}}\.)?)?[\"']?(?P<key>{_NAMES})[\"']?\s{{0,6}}[=:]\s{{0,6}}{_VALUE}(?![\w(\[.])"
 )
-_OPTION = re.compile(rf"(?<!\S)--(?:[a-z]{{1,12}}\.)?(?P<key>{_NAMES})(?:\s{{1,4}}(?!-){_VALUE})?(?=\s|\\|$)")
+_OPTION = lazy(rf"(?<!\S)--(?:[a-z]{{1,12}}\.)?(?P<key>{_NAMES})(?:\s{{1,4}}(?!-){_VALUE})?(?=\s|\\|$)")
 # DeepSpeed's list: `batch_size ......... 4.........updated`
-_DOTTED = re.compile(rf"\s{{0,8}}(?P<key>{_NAMES}) \.{{3,80}} {_VALUE}(?:\.{{2,80}}|\s|$)")
-_OVERRIDE = re.compile(r"Overriding:|overriding:|Overriding ")
-_COMMAND = re.compile(
+_DOTTED = lazy(rf"\s{{0,8}}(?P<key>{_NAMES}) \.{{3,80}} {_VALUE}(?:\.{{2,80}}|\s|$)")
+_OVERRIDE = lazy(r"Overriding:|overriding:|Overriding ")
+_COMMAND = lazy(
     r"(?:^|[\s$#>!])(?:python[\d.]{0,4}|torchrun|accelerate|deepspeed|tune|litgpt|gptfit|srun|\S{0,60}\.py)\s.{0,2000}"
 )
-_PRINTED = re.compile(
+_PRINTED = lazy(
     r"Namespace\(|Arguments\(|Config\(|Args\(|\bconfig:|\bargs:|[{}]\s*$|^\s*[\"']?\w{1,40}[\"']?\s?[:=]\s?\S{1,60},?\s*(?:#.*)?$"
 )
-_FROM_FILE = re.compile(r"Overriding config with")
+_FROM_FILE = lazy(r"Overriding config with")
 
 # What trainers say in words. nanoGPT: train.py and model.py; transformers: Trainer's banner.
 SAYINGS: tuple[tuple[str, str, re.Pattern[str]], ...] = (
-    ("batch_size", "log", re.compile(r"Instantaneous batch size per (?:device|GPU)\s?=\s?([\d,]{1,9})")),
-    ("gradient_accumulation_steps", "log", re.compile(r"Gradient Accumulation steps\s?=\s?([\d,]{1,9})")),
-    ("vocab_size", "log", re.compile(r"found vocab_size = (\d{1,7})")),
-    ("vocab_size", "log", re.compile(r"defaulting to vocab_size of GPT-2 to (\d{1,7})")),
-    ("n_gpus", "log", re.compile(r"(?:world[_ ]size|World size|WORLD_SIZE)\s?[:=]\s?(\d{1,4})\b")),
-    ("n_layer", "printed model", re.compile(r"\(0-\d{1,3}\): (\d{1,3}) x \w{0,24}(?:Block|Layer)\(")),
-    ("vocab_size", "printed model", re.compile(r"\((?:wte|embed_tokens|tok_emb\w{0,10})\): Embedding\((\d{3,7}), ")),
-    ("n_embd", "printed model", re.compile(r"\((?:wte|embed_tokens|tok_emb\w{0,10})\): Embedding\(\d{3,7}, (\d{1,6})")),
-    ("block_size", "printed model", re.compile(r"\((?:wpe|pos_emb\w{0,10})\): Embedding\((\d{1,7}), ")),
+    ("batch_size", "log", lazy(r"Instantaneous batch size per (?:device|GPU)\s?=\s?([\d,]{1,9})")),
+    ("gradient_accumulation_steps", "log", lazy(r"Gradient Accumulation steps\s?=\s?([\d,]{1,9})")),
+    ("vocab_size", "log", lazy(r"found vocab_size = (\d{1,7})")),
+    ("vocab_size", "log", lazy(r"defaulting to vocab_size of GPT-2 to (\d{1,7})")),
+    ("n_gpus", "log", lazy(r"(?:world[_ ]size|World size|WORLD_SIZE)\s?[:=]\s?(\d{1,4})\b")),
+    ("n_layer", "printed model", lazy(r"\(0-\d{1,3}\): (\d{1,3}) x \w{0,24}(?:Block|Layer)\(")),
+    ("vocab_size", "printed model", lazy(r"\((?:wte|embed_tokens|tok_emb\w{0,10})\): Embedding\((\d{3,7}), ")),
+    ("n_embd", "printed model", lazy(r"\((?:wte|embed_tokens|tok_emb\w{0,10})\): Embedding\(\d{3,7}, (\d{1,6})")),
+    ("block_size", "printed model", lazy(r"\((?:wpe|pos_emb\w{0,10})\): Embedding\((\d{1,7}), ")),
 )
-_N_PARAMS = re.compile(
+_N_PARAMS = lazy(
     r"number of parameters: ([\d.]{1,12})\s?([MB])|(?:with|params:?|parameters:?) ([\d,]{7,18}) ?(?:parameters)?"
 )
-_TOKENS = re.compile(r"tokens per iteration will be: ([\d,]{1,15})|Total train batch size[^=]{0,80}= ([\d,]{1,9})")
-_PRETRAINED = re.compile(
+_TOKENS = lazy(r"tokens per iteration will be: ([\d,]{1,15})|Total train batch size[^=]{0,80}= ([\d,]{1,9})")
+_PRETRAINED = lazy(
     r"(?:Initializing from OpenAI GPT-2 weights|loading weights from pretrained gpt): (gpt2(?:-medium|-large|-xl)?)\b"
 )
 # model.py, from_pretrained

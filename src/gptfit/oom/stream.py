@@ -2,16 +2,16 @@
 
 import bisect
 import itertools
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gptfit.oom.clean import Line
+from gptfit.oom.pattern import lazy
 
 # White space between two digits stays: "GPU 1 11.56 GiB" is not 111.56. A line's end alone may be amid a figure.
-_BETWEEN_DIGITS = re.compile(r"(?<=\d)[ \t]+(?=\d)")
-_ONE_SPACE = re.compile(r" \d")
-_DROPPED = re.compile(r"[\s|*`\"'\\│┃║╎┆▐↩⏎↵]+")
+_BETWEEN_DIGITS = lazy(r"(?<=\d)[ \t]+(?=\d)")
+_ONE_SPACE = lazy(r" \d")
+_DROPPED = lazy(r"[\s|*`\"'\\│┃║╎┆▐↩⏎↵]+")
 _KEPT = "\0"
 
 

@@ -1,12 +1,12 @@
 """Which tensor could not be allocated: from the line that failed, and from arithmetic on the config."""
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from gptfit.config import RunConfig
 from gptfit.memory.tape import DTYPE_BYTES, rounded
+from gptfit.oom.pattern import lazy
 
 MiB = 1 << 20
 GiB = 1 << 30
@@ -41,8 +41,8 @@ LINES: tuple[tuple[str, str, str], ...] = (
     (r"wte\(|wpe\(|tok_emb|pos_emb|embed_tokens|F\.embedding|torch\.embedding", "", "embedding"),
     (r"\.to\(device|\bt\.to\(|_apply|\.cuda\(|from_pretrained|module\.to\(", "model_load", "parameter"),
 )
-_LINES = tuple((re.compile(pattern), phase, name) for pattern, phase, name in LINES)
-_STRIDED = re.compile(
+_LINES = tuple((lazy(pattern), phase, name) for pattern, phase, name in LINES)
+_STRIDED = lazy(
     r"empty_strided(?:_cuda)?\(\s*\(([0-9, ]{1,80})\)\s*,\s*\([0-9, ]{0,80}\)\s*,\s*torch\.([a-z0-9]{3,10})"
 )
 _BACKWARD = {"logits": "logits gradient", "cross entropy": "cross entropy gradient", "parameter": "parameter gradient"}

@@ -7,6 +7,8 @@ messages' own code in torch (1.0 to 2.14), CUDA, NCCL, Triton, the Linux kernel,
 import re
 from dataclasses import dataclass
 
+from gptfit.oom.pattern import lazy
+
 ALLOCATOR, PINNED, FAILED, KILLED, OTHER = range(5)
 
 
@@ -22,7 +24,7 @@ class Rule:
 
 
 def _rule(rank: int, kind: str, wording: str, pattern: str, explanation: str = "") -> Rule:
-    return Rule(rank, kind, wording, re.compile(pattern), explanation)
+    return Rule(rank, kind, wording, lazy(pattern), explanation)
 
 
 _SIZE = r"[\d.,]{1,20}(?:[kmgt]i?b|bytes)"

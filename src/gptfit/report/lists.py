@@ -8,7 +8,19 @@ from rich.padding import Padding
 from rich.text import Text
 
 from gptfit.report.plans import levers_view
-from gptfit.report.terminal import BAD, GOOD, MAX_ROWS, QUIET, commands, headline, live_rows, margin_text, table, title
+from gptfit.report.terminal import (
+    BAD,
+    GOOD,
+    MAX_ROWS,
+    QUIET,
+    commands,
+    hanging,
+    headline,
+    live_rows,
+    margin_text,
+    table,
+    title,
+)
 from gptfit.units import format_bytes, format_mib
 
 if TYPE_CHECKING:
@@ -104,8 +116,13 @@ FIGURES = (
 
 
 def diagnosis_view(answer: "Diagnosis") -> Iterator[RenderableType]:
-    """What failed and why; then what helps, what does not, and the figures read from the text."""
+    """What failed and why; what was alive then; what helps, what does not, and the figures read from the text."""
     yield Text(answer.summary, style="bold")
+    if answer.instant is not None:
+        yield title("Alive at that instant")
+        rows = [(row.name, format_mib(row.n_bytes)) for row in answer.instant.rows if row.n_bytes >= 1 << 20]
+        yield table(("", "MiB"), rows, right=("MiB",))
+        yield hanging(answer.instant.sentence())
     if answer.remedies:
         yield title("What helps")
     for remedy in answer.remedies:
@@ -122,7 +139,7 @@ def diagnosis_view(answer: "Diagnosis") -> Iterator[RenderableType]:
         yield title("Read from the text")
         yield table(("", " "), known, right=(" ",))
     yield from (Text(f"note: {warning}", style=QUIET) for warning in answer.warnings)
-    if answer.estimate is None and answer.facts.kind != "not_oom":
+    if not answer.run_known and answer.facts.kind != "not_oom":
         keys = " ".join(f"{key}={value}" for key, value in answer.recognised.items()) or "batch_size=12"
         yield from commands((f"gptfit explain-oom FILE --config gpt2 {keys}    (says by how much)",))
 

@@ -1,0 +1,113 @@
+"""Why there was no room, in one clause, and the two sentences that say what could not be allocated."""
+
+from gptfit.oom import tensors
+from gptfit.oom.case import WORKSPACES_BYTES, Case
+from gptfit.oom.instant import Instant
+from gptfit.oom.read import OomFacts
+from gptfit.units import format_bytes
+
+MiB = 1 << 20
+
+ELSEWHERE = {
+    "host_ram": "the computer's own memory ran out, not the GPU's",
+    "host_killed": "the operating system killed the process: the computer's own memory ran out, not the GPU's",
+    "shm": "shared memory (/dev/shm) ran out: data loader workers hand their batches over through it",
+    "triton_shared_memory": "a Triton kernel asked for more on-chip shared memory than a multiprocessor has; "
+    "the card's memory is not the matter",
+    "cublas": "cuBLAS could not make its workspace or handle: the card's memory was exhausted just before",
+    "cudnn": "cuDNN could not make its workspace: the card's memory was exhausted just before",
+    "nccl": "NCCL could not allocate its buffers, which lie outside PyTorch's allocator",
+    "cuda_driver": "the driver had no memory left, outside PyTorch's allocator",
+    "not_oom": "this is not an out-of-memory error",
+}
+
+
+def cause_of(facts: OomFacts, case: Case | None, tensor: tensors.Tensor | None, instant: Instant | None) -> str:
+    """One clause that says why there was no room. `case` is the run, where it is known."""
+    if facts.kind in ELSEWHERE:
+        return ELSEWHERE[facts.kind] + (
+            f": {facts.explanation}" if facts.kind == "not_oom" and facts.explanation else ""
+        )
+    tried, total = facts.tried_bytes, facts.total_bytes
+    if tried is not None and total is not None and tried > total:
+        return f"a single tensor of {format_bytes(tried)} is larger than the card"
+    allowed = getattr(facts, "allowed_bytes", None)
+    if allowed is not None and total is not None and allowed < total:
+        return f"a limit of {format_bytes(allowed)} is set for this process, below what the card has"
+    others = facts.other_processes_bytes or 0
+    free = facts.free_bytes or 0
+    if tried is not None and others >= 256 * MiB and free + others >= tried:
+        return f"other processes hold {format_bytes(others)} of the card; without them this would have fitted"
+    unallocated = facts.reserved_unallocated_bytes
+    if unallocated is None and facts.reserved_bytes is not None and facts.allocated_bytes is not None:
+        unallocated = max(0, facts.reserved_bytes - facts.allocated_bytes)
+    if tried is not None and unallocated is not None and unallocated >= tried:
+        return (
+            f"fragmentation: {format_bytes(unallocated)} are reserved and unused, but in pieces smaller than the "
+            f"{format_bytes(tried)} asked for"
+        )
+    peak_bytes = case.need(()) + WORKSPACES_BYTES if case is not None else None
+    if peak_bytes is not None and facts.allocated_bytes is not None and facts.allocated_bytes > 1.2 * peak_bytes:
+        return (
+            f"{format_bytes(facts.allocated_bytes)} are allocated where a step of this run peaks at "
+            f"{format_bytes(peak_bytes)}: something is kept from step to step"
+        )
+    return _beside(instant) or _by_phase(facts.phase, tensor)
+
+
+def _beside(instant: Instant | None) -> str:
+    """What is alive beside a tensor as wide as the vocabulary, where its own kind makes the peak."""
+    if instant is None or instant.wanted.category != "logits":
+        return ""
+    wide = [row for row in instant.rows if row.wide]
+    kept = next((row for row in instant.rows if row.name.startswith("activations")), None)
+    rows = [*wide, *([kept] if kept else [])]
+    if not wide:
+        return ""
+    listed = [f"{row.name} ({format_bytes(row.n_bytes)})" for row in rows]
+    together = f"{', '.join(listed[:-1])}{' and ' if listed[1:] else ''}{listed[-1]}"
+    return f"beside it are alive the {together}; with the rest there is no room for one more"
+
+
+def _by_phase(phase: str, tensor: tensors.Tensor | None) -> str:
+    name = tensor.name if tensor else ""
+    if phase == "optimizer":
+        if name == "optimizer temporary":
+            return "the optimizer's foreach implementation makes a list as large as the parameters in its step"
+        return (
+            "the first optimizer step creates the optimizer's state, two tensors as large as the parameters for AdamW"
+        )
+    if phase == "eval":
+        return "the evaluation makes the logits of a whole batch while parameters and optimizer state are there"
+    if phase in ("model_load", "checkpoint"):
+        return "the card was full before training began: something else holds it, or a checkpoint was loaded onto it"
+    if name.startswith("logits") or name.startswith("cross entropy"):
+        return "the logits, batch × block × vocabulary, and the copies that the loss makes of them, make the peak"
+    if phase == "unknown" and not name:
+        return "the run needs more than the card has"
+    return "activations kept for backward, parameters, gradients and optimizer state need more than the card has"
+
+
+IN_WORDS = {
+    "logits gradient": "gradient of the logits",
+    "cross entropy": "float32 copy of the logits in the loss",
+    "cross entropy gradient": "float32 gradient of the logits in the loss",
+}
+
+
+def summary_of(facts: OomFacts, tensor: tensors.Tensor | None, cause: str) -> str:
+    """Two sentences: what could not be allocated, and why."""
+    if facts.kind == "not_oom":
+        return cause[:1].upper() + cause[1:] + "."
+    what = "memory"
+    if tensor is not None:
+        shape = " × ".join(str(size) for size in tensor.shape)
+        hedge = {"exact": "", "likely": "probably ", "possible": "possibly "}[tensor.confidence]
+        what = f"{hedge}the {IN_WORDS.get(tensor.name, tensor.name)}" + (f" [{shape}] {tensor.dtype}" if shape else "")
+    asked = f" ({format_bytes(facts.tried_bytes)})" if facts.tried_bytes is not None else ""
+    if tensor is not None and tensor.name == "logits gradient":
+        asked += ", not the logits before the loss"
+    where = {"unknown": "", "eval": " during evaluation", "model_load": " while the model was moved to the card"}.get(
+        facts.phase, f" in {facts.phase}"
+    )
+    return f"What could not be allocated{where}: {what}{asked}. Why: {cause}."

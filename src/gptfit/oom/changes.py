@@ -1,0 +1,180 @@
+"""What would have helped the run that failed, by reading its tape again with each change, and with pairs of them."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+from types import MappingProxyType
+
+from gptfit.levers import with_micro_batch
+from gptfit.memory.tape import Event, Loop
+from gptfit.oom.case import WITHIN, Case
+from gptfit.oom.instant import Instant
+from gptfit.oom.read import OomFacts
+from gptfit.oom.remedies import Remedy
+from gptfit.oom.trainers import Trainer, Word, spelled
+
+MiB = 1 << 20
+MOST_PAIRS = 3
+ZEROS = "zero gradient of the returned logits"
+
+Lever = Callable[[Case], Case | None]
+
+
+def _detached(case: Case) -> Case | None:
+    """Without the zeros that a compiled backward makes for an output that nobody differentiates."""
+    returned = case.program == "nanogpt" and case.run.compile
+    return case.without_buffers(frozenset((ZEROS,))) if returned and ZEROS not in case.without else None
+
+
+def _returned(case: Case) -> Case | None:
+    """Without the logits that the training loop holds; eager, nothing else needs them in backward."""
+    held = case.program == "nanogpt" and not case.run.compile and "lm_head" not in case.without
+    return case.without_buffers(frozenset(("lm_head",))) if held else None
+
+
+def _checkpointing(case: Case) -> Case | None:
+    """nanoGPT has no key for it: what its blocks keep is left out but their inputs, and one block is computed again."""
+    if case.program != "nanogpt":
+        none = case.run.activation_checkpointing == "none"
+        return case.changed(activation_checkpointing="block") if none else None
+    if any("*" in name for name in case.without):
+        return None
+    kept = {
+        event.buffer
+        for item in case.pieces().fresh_micro
+        if isinstance(item, Loop)
+        for event in item.body
+        if isinstance(event, Event) and event.buffer.category == "activation" and "*" in event.buffer.name
+    }
+    inputs = ("h.*.x", "h.*.ln_1 normalised")  # compiled, the normalised input is kept in place of the input
+    again = [buffer for buffer in kept if buffer.name not in inputs and ".weight as" not in buffer.name]
+    return case.without_buffers(frozenset(buffer.name for buffer in again), sum(buffer.n_bytes for buffer in again))
+
+
+LEVERS: Mapping[str, Lever] = MappingProxyType(
+    {
+        "detached": _detached,
+        "returned": _returned,
+        "compile": lambda case: None if case.run.compile else case.changed(compile=True),
+        "chunked": lambda case: case.changed(loss="chunked") if case.run.loss == "full" else None,
+        "gptfit": lambda case: case.changed("gptfit", loss="chunked") if case.program == "nanogpt" else None,
+        "checkpointing": _checkpointing,
+        "bfloat16": lambda case: case.changed(dtype="bfloat16") if case.run.dtype == "float32" else None,
+        "fused": lambda case: case.changed(optimizer_impl="fused") if case.run.optimizer_impl != "fused" else None,
+        "adamw8bit": lambda case: case.changed(optimizer="adamw8bit") if case.run.optimizer == "adamw" else None,
+    }
+)
+# Levers by what failed, where no figure can be computed; those that help most come first.
+BY_PHASE: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "forward": ("batch", "checkpointing", "chunked", "bfloat16", "block"),
+        "loss": ("chunked", "batch", "block"),
+        "backward": ("batch", "checkpointing", "chunked", "bfloat16", "block"),
+        "optimizer": ("fused", "adamw8bit", "bfloat16"),
+        "eval": ("eval",),
+        "unknown": ("batch", "checkpointing", "chunked"),
+        "compile": ("batch", "checkpointing", "chunked"),
+    }
+)
+
+
+def worded_remedies(facts: OomFacts, trainer: Trainer, logits: bool) -> list[Remedy]:
+    """Changes in the trainer's words, without figures: for a run whose sizes nobody told."""
+    names = BY_PHASE["loss"] if logits and facts.phase in ("forward", "backward", "unknown") else ()
+    names = dict.fromkeys((*names, *BY_PHASE.get(facts.phase, ())))
+    batch = facts.config.get("batch_size")
+    sizes = _sizes(batch // 2, facts) if isinstance(batch, int) and batch > 1 else {}
+    words = {**trainer.words, "batch": (trainer.batch, "a step's peak is that of one micro-batch; its tokens stay")}
+    return [Remedy(*spelled(words[name], **sizes)) for name in names if name in words]
+
+
+def _sizes(batch: int, facts: OomFacts) -> dict[str, object]:
+    before = facts.config.get("batch_size")
+    steps = facts.config.get("gradient_accumulation_steps")
+    if isinstance(before, int) and isinstance(steps, int):
+        return {"batch": batch, "steps": max(1, round(before * steps / batch))}
+    return {"batch": batch}
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """The run that failed, where on its tape, and the room there was for it, None where the text does not tell."""
+
+    case: Case
+    trainer: Trainer
+    within: tuple[str, ...]
+    instant: Instant | None
+    room: int | None
+
+    def remedy(self, words: Sequence[Word], after: Case, enough: bool | None = None, **sizes: object) -> Remedy | None:
+        """A change that makes `after` of the case; None where it saves nothing there."""
+        case = self.case
+        if self.instant and (after.run, after.program, after.extra_bytes) == (case.run, case.program, case.extra_bytes):
+            saves = self.instant.bytes_of(after.without - case.without)
+        else:
+            saves = case.need(self.within) - after.need(self.within)
+        if saves < MiB:
+            return None
+        if self.room is not None and enough is None:
+            enough = after.fits(self.room)
+        texts = [spelled(word, **sizes) for word in words]
+        change, why = " and ".join(change for change, _ in texts), "; ".join(why for _, why in texts)
+        return Remedy(change, why, saves, enough)
+
+
+def run_remedies(failure: Failure) -> list[Remedy]:
+    """Changes to the run, what saves most at that instant first, those that are enough before those that are not;
+    pairs of them where none is. Whether one is enough is None where the room is not known."""
+    case, words = failure.case, failure.trainer.words
+    cases = {name: after for name in words if name in LEVERS and (after := LEVERS[name](case)) is not None}
+    found = [remedy for name, after in cases.items() if (remedy := failure.remedy([words[name]], after)) is not None]
+    if failure.within != WITHIN["optimizer"]:
+        found += _micro_batch(failure, case, [])
+    if failure.room is not None and not any(remedy.enough for remedy in found):
+        found += _pairs(failure, cases, failure.room)
+    return sorted(found, key=lambda remedy: (remedy.enough is False, -(remedy.saves_bytes or 0)))
+
+
+def _pairs(failure: Failure, cases: Mapping[str, Case], room: int) -> list[Remedy]:
+    """Pairs of changes that are enough together, and one change with the largest micro-batch that then fits."""
+    words = failure.trainer.words
+    found: list[Remedy] = []
+    for first, second in combinations(cases, 2):
+        both = LEVERS[second](cases[first])
+        if both is not None and both.fits(room):
+            remedy = failure.remedy([words[first], words[second]], both, True)
+            found += [remedy] if remedy else []
+    for name, after in cases.items():
+        found += _micro_batch(failure, after, [words[name]])
+    return sorted(found, key=lambda remedy: -(remedy.saves_bytes or 0))[:MOST_PAIRS]
+
+
+def _micro_batch(failure: Failure, case: Case, words: Sequence[Word]) -> list[Remedy]:
+    """The largest micro-batch of `case` that fits, tokens a step kept; half of it where the room is not known.
+    `words` are those of the change that made `case`."""
+    run, trainer, room = case.run, failure.trainer, failure.room
+    tokens = run.batch_size * run.gradient_accumulation_steps
+    sizes = [size for size in range(1, run.batch_size) if not trainer.divides or tokens % size == 0]
+    if not sizes:
+        return []
+
+    def smaller(size: int) -> Case:
+        return Case(with_micro_batch(run, size), case.program, case.without, case.extra_bytes * size // run.batch_size)
+
+    why = "the largest micro-batch that fits here; the tokens of a step stay the same"
+    if room is None:
+        size = max(size for size in sizes if size <= max(1, run.batch_size // 2))
+        why = "half the micro-batch; the tokens of a step stay the same"
+    else:
+        low, high = -1, len(sizes) - 1
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if smaller(sizes[middle]).fits(room) else (low, middle - 1)
+        if low < 0:
+            return []
+        size = sizes[low]
+    after = smaller(size)
+    steps = after.run.gradient_accumulation_steps // (run.n_gpus if trainer.per_gpu else 1)
+    enough = None if room is None else True
+    remedy = failure.remedy([*words, (trainer.batch, why)], after, enough, batch=size, steps=steps)
+    return [] if remedy is None else [replace(remedy, micro_batch=0 if words else size)]

@@ -1,0 +1,56 @@
+"""What would be tried next and does not help here, each with its computed effect."""
+
+from collections.abc import Iterator, Sequence
+
+from gptfit.levers import with_micro_batch
+from gptfit.oom.case import Case
+from gptfit.oom.remedies import NotRemedy, Remedy
+from gptfit.units import format_bytes
+
+MiB = 1 << 20
+EMPTY_CACHE = "returns only what is unused, and the allocator has done that itself before it gave up"
+
+
+def folk_advice(case: Case | None, within: tuple[str, ...], remedies: Sequence[Remedy]) -> Iterator[NotRemedy]:
+    """Advice with its effect at the instant that failed; `case` is None where the run is not known."""
+    if case is None:
+        yield NotRemedy("float16 instead of bfloat16", "both take 2 bytes an element: nothing is saved")
+        yield NotRemedy("torch.cuda.empty_cache()", EMPTY_CACHE)
+        return
+    if case.run.dtype != "float32":
+        other = "float16" if case.run.dtype == "bfloat16" else "bfloat16"
+        delta = _delta(case, case.changed(dtype=other), within)
+        if delta is not None and delta > -MiB:
+            why = f"both take 2 bytes an element: it {_effect(delta)}"
+            yield NotRemedy(f"dtype={other} instead of {case.run.dtype}", why)
+    if case.run.compile:
+        delta = _delta(case, case.changed(compile=False), within)
+        if delta is not None and delta > -MiB:
+            yield NotRemedy("compile=False", f"eager keeps float32 copies and more activations: it {_effect(delta)}")
+    yield NotRemedy("torch.cuda.empty_cache()", EMPTY_CACHE)
+    yield from _power_of_two(case, within, remedies)
+    if case.run.micro_steps > 2:
+        fewer = case.changed(gradient_accumulation_steps=2 * case.run.n_gpus)
+        delta = _delta(case, fewer, within) or 0
+        why = f"the peak is that of one micro-batch, however many there are: it {_effect(delta)}"
+        yield NotRemedy("fewer gradient_accumulation_steps", why)
+
+
+def _delta(case: Case, after: Case | None, within: tuple[str, ...]) -> int | None:
+    return None if after is None else after.need(within) - case.need(within)
+
+
+def _effect(delta: int) -> str:
+    if abs(delta) < MiB:
+        return "saves nothing"
+    return f"costs {format_bytes(delta)} more" if delta > 0 else f"saves {format_bytes(-delta)} only"
+
+
+def _power_of_two(case: Case, within: tuple[str, ...], remedies: Sequence[Remedy]) -> Iterator[NotRemedy]:
+    """Where a micro-batch that is no power of two fits, rounding it down gives memory away."""
+    best = next((remedy.micro_batch for remedy in remedies if remedy.enough and remedy.micro_batch), 0)
+    lower = 1 << max(0, best.bit_length() - 1)
+    if best and lower != best:
+        sizes = [Case(with_micro_batch(case.run, size), case.program).need(within) for size in (best, lower)]
+        idle = format_bytes(sizes[0] - sizes[1])
+        yield NotRemedy(f"a power of two, batch_size={lower}", f"{best} fits as well; {idle} would lie idle")
