@@ -130,10 +130,8 @@ def usable_text(plan: CardPlan) -> str:
 
 def short(rate: float) -> str:
     """Two to three digits and k or M: the ends of an interval are no more exact."""
-    for power, unit in ((1e6, "M"), (1e3, "k")):
-        if rate >= power:
-            return f"{rate / power:.2g}{unit}" if rate < 100 * power else f"{rate / power:.0f}{unit}"
-    return f"{rate:.0f}"
+    power, unit = (1e6, "M") if rate >= 1e6 else (1e3, "k") if rate >= 1e3 else (1, "")
+    return f"{rate / power:.{1 if unit and rate < 10 * power else 0}f}{unit}"
 
 
 def left_out(n_cards: int) -> Iterator[RenderableType]:
