@@ -54,6 +54,7 @@ def test_commands_that_answer_at_once_import_nothing_heavy(tmp_path: Path) -> No
         ["estimate", "gpt2", "--gpu", "rtx4070", "--json"],
         ["plan", "--gpu", "rtx4070"],
         ["plan", "--gpu", "rtx4070", "--json"],
+        ["plan", "--gpu", "rtx4070,l4", "--tokens", "1B", "--price-per-kwh", "0.3"],
         ["explain-oom", str(paste)],
         ["replay", str(trace)],
     ]

@@ -46,7 +46,8 @@ def figure_text(key: str, value: object) -> str:
     if isinstance(value, int) and key.endswith("_bytes"):
         return format_bytes(value)
     if isinstance(value, float):
-        return f"{value:.4g} {'bytes/s' if key.endswith('_per_second') else ''}".rstrip()
+        unit = "bytes/s" if key.endswith("_per_second") else "W" if key.endswith("_watts") else ""
+        return f"{value:.4g} {unit}".rstrip()
     if isinstance(value, int):
         return f"{value}"
     rates = dict(value) if isinstance(value, Iterable) else {}
