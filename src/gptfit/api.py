@@ -243,9 +243,10 @@ def verdict_line(answer: "Estimate", run: "RunConfig", card: "Card | None") -> s
     from gptfit.levers import effects
     from gptfit.plan import smallest_change
     from gptfit.report.plans import change_text
-    from gptfit.report.terminal import VERDICTS, margin_text
+    from gptfit.report.terminal import headline, margin_text
 
-    line = VERDICTS.get(answer.verdict or "", ("Needs ", ""))[0].lower() + margin_text(answer)
+    text = headline(answer.verdict, margin_text(answer), answer.certain).plain
+    line = text[:1].lower() + text[1:]
     if answer.verdict != "does_not_fit" or card is None:
         return line
     levers = effects(answer, run, "nanogpt", card.profile, card.reserve_bytes)

@@ -14,7 +14,7 @@ from gptfit.report.html_assets import CSS, SCRIPT
 from gptfit.report.html_parts import Html, Part, section, swatch, table, tag
 from gptfit.report.html_plan import dots, levers_table, scatter
 from gptfit.report.html_timeline import timeline_figure
-from gptfit.report.terminal import VERDICTS, margin_text, run_text, shares, speed_text
+from gptfit.report.terminal import headline, margin_text, run_text, shares, speed_text
 from gptfit.report.timeline import timeline_of
 from gptfit.units import format_bytes, format_mib
 
@@ -91,7 +91,7 @@ def document(title: str, *content: Part) -> Html:
 
 
 def header(verdict: str | None, text: str, run: Estimate | None) -> Html:
-    word = VERDICTS.get(verdict or "", ("Needs ", ""))[0]
+    word = headline(verdict, "", run.certain if run else True).plain
     about = (tag("p", run_text(run)), tag("p", f"{speed_text(run.speed)}.") if run.speed else None) if run else None
     return tag("header", tag("h1", tag("span", word, class_=verdict), text), about)
 
