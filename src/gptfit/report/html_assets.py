@@ -21,7 +21,7 @@ caption { text-align: left; color: var(--quiet); padding: .2rem 0; white-space: 
 th, td { text-align: left; vertical-align: top; padding: .2rem .8rem .2rem 0; border-bottom: 1px solid var(--line); }
 th { font-weight: 600; } .number { text-align: right; white-space: nowrap; }
 td, th { white-space: nowrap; } td:first-child, .prose td { white-space: normal; }
-.prose td:first-child { overflow-wrap: anywhere; min-width: 13rem; }
+.prose td:first-child { overflow-wrap: anywhere; min-width: 13rem; } .prose td.number { white-space: nowrap; }
 dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); gap: .5rem; margin: .8rem 0; }
 dl > div { background: var(--field); padding: .5rem .7rem; border-radius: .3rem; }
 dt { color: var(--quiet); font-size: .85rem; } dd { margin: 0; font-size: 1.1rem; }
