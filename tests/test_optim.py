@@ -45,6 +45,18 @@ def build(name: str, **changes: Any) -> tuple[RunConfig, GPT, Any]:
         raise
 
 
+@pytest.mark.parametrize("name", ["adamw", "lion", "muon", "sgd"])
+def test_stepping_in_backward_is_stepping_after_it(name):
+    runs = [
+        build(name, grad_clip=0.0, gradient_accumulation_steps=1, compile=False, optimizer_in_backward=at_once)
+        for at_once in (False, True)
+    ]
+    losses = [stepped(run, optimizer, model, 5) for run, model, optimizer in runs]
+    assert losses[0] == losses[1]
+    for after, at_once in zip(runs[0][1].parameters(), runs[1][1].parameters(), strict=True):
+        assert torch.equal(after, at_once) and at_once.grad is None
+
+
 @pytest.mark.parametrize("impl", ["fused", "foreach", "for-loop"])
 @pytest.mark.parametrize("name", sorted(OPTIMIZERS))
 def test_each_learns_and_each_parameter_is_in_one_group(name, impl):

@@ -14,6 +14,9 @@ BASE |= {"gradient_accumulation_steps": 2, "compile": False}
 # Enough for activation offload, which leaves what is small where it is.
 LARGE = {"n_embd": 256, "block_size": 256, "batch_size": 8, "vocab_size": 3000}
 
+# The optimizer in backward: nothing is accumulated or clipped, and with few tokens parameters decide.
+AT_ONCE = {"gradient_accumulation_steps": 1, "grad_clip": 0.0, "n_embd": 256, "batch_size": 1}
+
 # One change at a time, so that a failure names the op.
 OURS = [
     {},
@@ -38,6 +41,9 @@ OURS = [
     {"activation_offload": True, "activation_checkpointing": "attention", **LARGE},
     {"activation_offload": True, "qk_norm": True, "position": "rope", "n_kv_head": 2, "mlp": "swiglu", **LARGE},
     {"activation_offload": True, "attention": "math", "loss": "full", "activation_checkpointing": "block", **LARGE},
+    {"optimizer_in_backward": True, **AT_ONCE},
+    {"optimizer_in_backward": True, "optimizer_impl": "for-loop", "activation_checkpointing": "block", **AT_ONCE},
+    {"optimizer_in_backward": True, "optimizer": "muon", "tie_embeddings": False, "loss": "full", **AT_ONCE},
     {"gradient_accumulation_steps": 1, "optimizer_impl": "foreach"},
     {"gradient_accumulation_steps": 1, "optimizer": "lion"},
     {"gradient_accumulation_steps": 1, "optimizer": "sgd"},

@@ -74,6 +74,7 @@ class RunConfig(ModelConfig):
 
     optimizer: Literal["adamw", "adamw8bit", "adafactor", "lion", "muon", "sgd"] = "adamw"
     optimizer_impl: Literal["fused", "foreach", "for-loop"] = "fused"
+    optimizer_in_backward: bool = False
     learning_rate: float = Field(6e-4, gt=0)
     min_lr: float = Field(default_factory=lambda data: data.get("learning_rate", 6e-4) / 10, ge=0)
     weight_decay: float = Field(0.1, ge=0)
@@ -85,12 +86,16 @@ class RunConfig(ModelConfig):
     warmup_iters: int = Field(2000, ge=0)
     max_iters: int = Field(600000, ge=1)
     lr_decay_iters: int = Field(default_factory=lambda data: data.get("max_iters", 600000), ge=1)
+    lr_schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    cooldown_iters: int = Field(default_factory=lambda data: data.get("lr_decay_iters", 600000) // 5, ge=0)
 
     eval_interval: int = Field(2000, ge=0)
     eval_iters: int = Field(200, ge=1)
     eval_batch_size: int = Field(default_factory=lambda data: data.get("batch_size", 1), ge=1)
     checkpoint_interval: int = Field(default_factory=lambda data: data.get("eval_interval", 2000) or 2000, ge=0)
     log_interval: int = Field(1, ge=1)
+    patience: int = Field(0, ge=0)
+    sample_interval: int = Field(0, ge=0)
     seed: int = 1337
     init_from: str = Field("scratch", max_length=4096)
 
@@ -111,6 +116,12 @@ class RunConfig(ModelConfig):
             )
         if self.strategy == "single" and self.n_gpus > 1:
             raise ValueError(f"strategy single is for one GPU, but n_gpus is {self.n_gpus}")
+        if self.strategy == "fsdp" and self.sample_interval:
+            raise ValueError(
+                f"sample_interval {self.sample_interval} needs the whole model on a GPU, not strategy fsdp"
+            )
+        if self.patience and not self.eval_interval:
+            raise ValueError(f"patience {self.patience} counts evaluations, but eval_interval is 0")
         return self
 
     @model_validator(mode="after")
@@ -119,6 +130,17 @@ class RunConfig(ModelConfig):
         for key, value in (("activation_checkpointing", "attention"), ("activation_offload", True)):
             if self.compile and getattr(self, key) == value:
                 raise ValueError(f"{key}={value} is for compile=False: a compiled step chooses itself what it keeps")
+        return self
+
+    @model_validator(mode="after")
+    def _steps_in_backward(self) -> Self:
+        """A gradient that is used up in backward cannot be accumulated, clipped with the others, unscaled or shared."""
+        needs = {"gradient_accumulation_steps": 1, "grad_clip": 0.0, "compile": False, "n_gpus": 1}
+        wrong = [f"{key}={value:g}" for key, value in needs.items() if getattr(self, key) != value]
+        if self.dtype == "float16":
+            wrong.append("dtype=bfloat16 or float32")
+        if self.optimizer_in_backward and wrong:
+            raise ValueError(f"optimizer_in_backward needs {', '.join(wrong)}".replace("compile=0", "compile=False"))
         return self
 
     @property

@@ -73,6 +73,10 @@ LEVERS: dict[str, Lever] = {
         {"activation_offload": True},
         "what is kept for backward waits in host memory: it costs the time of two transfers over PCIe",
     ),
+    "in-backward": Lever(
+        {"optimizer_in_backward": True},
+        "each parameter is stepped as soon as its gradient is there: no two gradients need be alive together",
+    ),
     "float16": Lever({"dtype": "float16"}, "2 bytes an element, as bfloat16: it saves nothing against it"),
     "bfloat16": Lever({"dtype": "bfloat16"}, "2 bytes an element, as float16; against float32 activations halve"),
     "fused": Lever({"optimizer_impl": "fused"}, "the optimizer's step needs no list as large as the parameters"),

@@ -174,17 +174,43 @@ def build_optimizer(model: nn.Module, run: RunConfig) -> Stepper:
     """
     if run.optimizer not in OPTIMIZERS:
         raise GptfitError(f'unknown optimizer "{run.optimizer}"{nearest(run.optimizer, OPTIMIZERS)}')
-    return OPTIMIZERS[run.optimizer](model, run)
+    optimizer = OPTIMIZERS[run.optimizer](model, run)
+    if run.optimizer_in_backward:
+        _step_in_backward(model, optimizer)
+    return optimizer
+
+
+def _step_in_backward(model: nn.Module, optimizer: Stepper) -> None:
+    """Steps each parameter as soon as its gradient is there, and drops the gradient: no two need be alive together.
+
+    Optimizers pass over parameters without a gradient, so each call of `step` moves that one alone.
+    """
+
+    def step(parameter: Tensor) -> None:
+        optimizer.step()
+        parameter.grad = None
+
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(step)
 
 
 def learning_rate_at(step: int, run: RunConfig) -> float:
-    """Learning rate of step `step` (from 0): linear warm-up, then a cosine down to min_lr, as in nanoGPT."""
+    """Learning rate of step `step` (from 0): linear warm-up, then as lr_schedule says.
+
+    cosine: down to min_lr, as in nanoGPT. wsd: level, then over cooldown_iters down to min_lr by 1 - sqrt (arXiv
+    2405.18392, section 3). constant: level. decay_lr=False is no schedule and no warm-up, as in nanoGPT.
+    """
     if not run.decay_lr:
         return run.learning_rate
     if step < run.warmup_iters:
         return run.learning_rate * (step + 1) / (run.warmup_iters + 1)
+    if run.lr_schedule == "constant":
+        return run.learning_rate
     if step >= run.lr_decay_iters:
         return run.min_lr
+    if run.lr_schedule == "wsd":
+        left = (run.lr_decay_iters - step) / run.cooldown_iters if run.cooldown_iters else 1.0
+        return run.min_lr + (1.0 - math.sqrt(1.0 - min(1.0, left))) * (run.learning_rate - run.min_lr)
     way = (step - run.warmup_iters) / (run.lr_decay_iters - run.warmup_iters)
     return run.min_lr + 0.5 * (1.0 + math.cos(math.pi * way)) * (run.learning_rate - run.min_lr)
 

@@ -31,6 +31,7 @@ LAST_RESORT: dict[str, tuple[object, ...]] = {
     "param_dtype": ("bfloat16",),
 }
 FINALISTS = 4
+TRITON_CAPABILITY = 7.0  # what torch.compile asks of a card (torch/_inductor/scheduler.py, GPUTooOldForTriton)
 INEXACT = 0.015  # the speed that the exact number of tokens a step is worth
 
 
@@ -170,9 +171,9 @@ def choices(
     """What fits, best first, and what to say of it: keys that the user set change only where nothing fits else."""
     kept = (source.user_keys | set(keep)) - {"batch_size", "gradient_accumulation_steps"}
     notes: list[str] = []
-    found = search.run(options(source.run, kept, allow))
+    found = search.run(options(source.run, search.profile, kept, allow))
     if not found:
-        found = search.run(options(source.run, frozenset(keep), tuple(LAST_RESORT)))
+        found = search.run(options(source.run, search.profile, frozenset(keep), tuple(LAST_RESORT)))
         if found:
             notes.append("nothing fits with the keys as given; some of them are changed, and marked")
     if found and found[0].run.tokens_per_step != search.tokens:
@@ -191,14 +192,23 @@ def smallest_change(as_given: Estimate, levers: Iterable[LeverEffect]) -> LeverE
     return min(sure or enough, key=lambda effect: -effect.delta_bytes, default=None)
 
 
-def options(run: RunConfig, kept: Iterable[str], allow: Sequence[str]) -> list[dict[str, object]]:
+def options(run: RunConfig, profile: GpuProfile, kept: Iterable[str], allow: Sequence[str]) -> list[dict[str, object]]:
     """Every combination of what may be chosen; a kept key has its one value."""
     kept = set(kept)
     free = {key: values for key, values in FREE.items() if key not in kept}
+    if "compile" in free and (float(profile.compute_capability) < TRITON_CAPABILITY or is_eager_alone(run)):
+        free["compile"] = (False,)
+    if run.dtype == "bfloat16" and profile.flops.bf16 is None and "dtype" not in kept:
+        free["dtype"] = ("float16", "bfloat16")  # what nanoGPT does where there are no units for bf16
     for key in LAST_RESORT:
         if (key in allow or any(name in LAST_RESORT[key] for name in allow)) and key not in kept:
             free[key] = (getattr(run, key), *(value for value in LAST_RESORT[key] if value != getattr(run, key)))
     return [dict(zip(free, values, strict=True)) for values in product(*free.values())]
+
+
+def is_eager_alone(run: RunConfig) -> bool:
+    """Whether `run` does what a compiled step cannot (config.py)."""
+    return run.activation_offload or run.optimizer_in_backward or run.activation_checkpointing == "attention"
 
 
 class Search:
@@ -243,7 +253,9 @@ class Search:
         """Each micro-batch of this combination whose live peak fits."""
         largest = max(1, self.tokens // self.base.block_size // self.base.n_gpus)
         self.n_searched += largest
-        low, high, flops_per_token = 0, largest, 0
+        # A gradient that is used up in backward cannot be accumulated: one micro-batch is the step.
+        first = largest if self.base.optimizer_in_backward else 1
+        low, high, flops_per_token = first - 1, largest, 0
         step = 1
         while low < high:  # doubling first, as the answer is usually far below the largest
             middle = min(high, low + step)
@@ -253,7 +265,7 @@ class Search:
                 low, step = middle, step * 2
             else:
                 high, step = middle - 1, max(1, (middle - 1 - low) // 2)
-        for micro_batch in range(1, low + 1):
+        for micro_batch in range(first, low + 1):
             yield micro_batch, self.derived(combination, micro_batch), flops_per_token
 
     def derived(self, combination: dict[str, object], micro_batch: int) -> RunConfig:

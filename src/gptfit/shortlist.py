@@ -168,7 +168,8 @@ def smallest(
 
     Tried from the lowest live peak on, until that alone is more than the least so far.
     """
-    runs = [(choice, search.derived(choice, 1)) for choice in options(source.run, frozenset(keep), tuple(LAST_RESORT))]
+    every = options(source.run, search.profile, frozenset(keep), tuple(LAST_RESORT))
+    runs = [(choice, search.derived(choice, 1)) for choice in every]
     peaks = sorted((steady_peak(run, "gptfit")[0], index) for index, (_, run) in enumerate(runs))
     least: tuple[Mapping[str, object], Estimate] | None = None
     for live_bytes, index in peaks:

@@ -235,6 +235,8 @@ def training_job(
     """The loop of nanoGPT's train.py: the next batch is fetched between forward and backward; what `forward` returns
     beside the loss lives on until the next micro-step assigns it."""
     optimizer: Any = build_optimizer(model, run)
+    if run.optimizer_in_backward:
+        note_steps(recorder, optimizer)
     scaler = FakeScaler("cpu", enabled=run.dtype == "float16")
     inputs = batch()
     held = loss = None
@@ -274,6 +276,22 @@ def training_job(
         model.train()
 
     return Job(model, step, run_forward, evaluate, lambda: inputs)
+
+
+def note_steps(recorder: Recorder, optimizer: Any) -> None:
+    """Each step is of the phase "optimizer", though backward runs it."""
+    phases: list[str] = []
+
+    def begin(*_: Any) -> None:
+        phases.append(recorder.phase)
+        recorder.phase = "optimizer"
+
+    def end(*_: Any) -> None:
+        recorder.phase = phases.pop()
+
+    for part in getattr(optimizer, "parts", (optimizer,)):
+        part.register_step_pre_hook(begin)
+        part.register_step_post_hook(end)
 
 
 def autocast_of(run: RunConfig) -> AbstractContextManager[Any]:

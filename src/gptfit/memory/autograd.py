@@ -10,6 +10,7 @@ One block of a GPT is run once and recorded as the body of a loop over all of th
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from gptfit.memory.tape import Buffer, Event, Item, Loop, Mark, Tape, make_buffer
 
@@ -134,6 +135,7 @@ class Writer:
         self.kernels = False  # whether scratch that kernels take from the allocator is written too
         self.grad_enabled = True
         self.training = True
+        self.step_in_backward: Callable[[Parameter], list[Item]] | None = None  # the optimizer's, of one parameter
         self.offload = False  # whether what is saved for backward goes to the host
 
     def mark(self, op: str, phase: str | None = None) -> None:
@@ -245,14 +247,16 @@ class Writer:
             self.mark(node.name)
             self.shift = node.shift
             saved = tuple(map(self.back, node.saved))
-            results = node.backward(grads.pop(node), saved)  # which holds the gradient alone
+            results: list[Any] = list(node.backward(grads.pop(node), saved))[::-1]  # it alone holds the gradient
             del saved
             node.backward = None
             node.saved = ()
-            for target, result in zip(node.inputs, results, strict=True):
-                if target is not None and result is not None:
-                    self.deliver(target, result, grads)
-            results = result = None
+            for target in node.inputs:
+                if target is not None and results[-1] is not None:
+                    self.deliver(target, results.pop(), grads)
+                else:
+                    results.pop()
+            del results
         self.shift = 0
 
     def deliver(self, target: Node, result: Tensor, grads: dict[Node, Tensor]) -> None:
@@ -267,6 +271,7 @@ class Writer:
                 grads[target] = self.empty("gradient sum", "temporary", result.shape, result.dtype)
         else:
             grads[target] = result
+        del result
         if target.param is not None:
             target.awaited -= 1
             if target.awaited == 0:
@@ -275,21 +280,23 @@ class Writer:
     def _accumulate(self, param: Parameter, grad: Tensor) -> None:
         """AccumulateGrad: the first gradient is taken over without a copy, later ones are added in place."""
         if not param.has_gradient:
-            rename_last(self.items, grad.storage.buffer, param.gradient)
+            shift = rename_last(self.items, grad.storage.buffer, param.gradient)
             grad.storage.forget()
+            if self.step_in_backward is not None:
+                self.items += [*self.step_in_backward(param), Event(-1, param.gradient, shift)]
 
     def tape(self) -> Tape:
         return Tape(self.items)
 
 
-def rename_last(items: list[Item], old: Buffer, new: Buffer) -> None:
+def rename_last(items: list[Item], old: Buffer, new: Buffer) -> int:
     """The last allocation of `old` becomes one of `new`: the gradient was made as a temporary of another name.
 
-    Raises ValueError if there is none: the writer made it elsewhere.
+    Returns its shift. Raises ValueError if there is none: the writer made it elsewhere.
     """
     for index in range(len(items) - 1, -1, -1):
         item = items[index]
         if isinstance(item, Event) and item.sign > 0 and item.buffer == old:
             items[index] = item._replace(buffer=new)
-            return
+            return item.shift
     raise ValueError(f"the gradient {new.name} is not made where it is accumulated")

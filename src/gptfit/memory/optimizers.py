@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from gptfit.config import RunConfig
 from gptfit.memory.autograd import Parameter
 from gptfit.memory.scratch import Scratch, per_parameter
-from gptfit.memory.tape import Buffer, Item, make_buffer
+from gptfit.memory.tape import Buffer, Event, Item, Loop, make_buffer
 
 NEWTON_SCHULZ_STEPS = 5  # torch.optim.Muon's default
 
@@ -84,25 +84,17 @@ def adamw8bit_states(param: Parameter, run: RunConfig) -> list[Buffer]:
 
 
 def adamw8bit_step(w: Scratch, params: list[Parameter], run: RunConfig) -> None:
-    """torchao compiles its step for one parameter at a time. What inductor allocates for a CPU: both moments
-    as scaled fp32 values, which wait for the largest of each 256, and their new scales.
-
-    An upper bound: on a GPU one kernel may keep 256 values in registers, and then nothing but the scales is left.
-    bitsandbytes, where it stands in, allocates nothing.
+    """torchao compiles its step for one parameter at a time: the largest of each 256 values of both moments, then
+    one kernel does the rest. So inductor lowers it to Triton (torch 2.13, torchao 0.18, 256×1024 and 50304×768; read
+    from the code it writes, never run on a GPU); for a CPU it also keeps both moments as fp32 values between loops.
+    Smaller parameters need nothing. Where bitsandbytes stands in for torchao, these figures stand in for its own.
     """
     for group in decay_groups(params):
         for param in w.each([p for p in group if is_quantized(p)]):
-            blocks = math.prod(param.shape) // 256
-            held = [
-                w.new(param, what, shape, "float32")
-                for what, shape in (
-                    ("exp_avg new scales", (blocks,)),
-                    ("exp_avg_sq new scales", (blocks,)),
-                    ("scaled exp_avg", (blocks, 256)),
-                    ("scaled exp_avg_sq", (blocks, 256)),
-                )
-            ]
-            del held
+            blocks = (math.prod(param.shape) // 256,)
+            largest = w.new(param, "largest of exp_avg", blocks, "float32")
+            largest_sq = w.new(param, "largest of exp_avg_sq", blocks, "float32")
+            del largest, largest_sq
 
 
 def adafactor_states(param: Parameter, run: RunConfig) -> list[Buffer]:
@@ -236,6 +228,26 @@ def step_items(params: list[Parameter], run: RunConfig) -> list[Item]:
     w = Scratch(run.n_layer)
     OPTIMIZERS[run.optimizer].step(w, params, run)
     return w.items
+
+
+def items_in_backward(param: Parameter, run: RunConfig, first: bool) -> list[Item]:
+    """The step of one parameter, as soon as its gradient is there; in the `first` step of a run its states are made."""
+    record = OPTIMIZERS[run.optimizer]
+    made: list[Item] = [Event(1, buffer) for buffer in record.states(param, run)] if first else []
+    w = Scratch(1)
+    record.step(w, [param], run)
+    return made + flat(w.items)
+
+
+def flat(items: Iterable[Item]) -> list[Item]:
+    """The events of loops over one block, without the loops."""
+    found: list[Item] = []
+    for item in items:
+        if isinstance(item, Loop):
+            found += flat(item.body) if item.n else []
+        else:
+            found.append(item)
+    return found
 
 
 def clip_items(params: list[Parameter], n_layer: int) -> list[Item]:

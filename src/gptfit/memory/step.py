@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 from gptfit.config import RunConfig, derive
 from gptfit.memory import ops, optimizers
@@ -96,10 +96,13 @@ def pieces(run: RunConfig, program: str, whole: bool = True, kernels: bool = Fal
         for param in w.parameters.values():
             param.has_gradient = has_gradient
         w.flops = 0
+        if run.optimizer_in_backward:
+            w.step_in_backward = partial(optimizers.items_in_backward, run=run, first=not has_kept)
         kept, saved = micro_step(w, twin, has_kept)
         micro.append(w.items)
         flops = w.flops
     params = list(w.parameters.values())
+    left = [] if run.optimizer_in_backward else params  # to be stepped, and with a gradient, after backward
     n_layer = run.n_layer
     return Pieces(
         parameters=tuple(params),
@@ -109,8 +112,8 @@ def pieces(run: RunConfig, program: str, whole: bool = True, kernels: bool = Fal
         next_micro=micro[2],
         clip=optimizers.clip_items(params, n_layer) if run.grad_clip else [],
         states=optimizers.state_items(params, run),
-        step=optimizers.step_items(params, run),
-        zero_grad=optimizers.gradient_items(params, n_layer, -1),
+        step=optimizers.step_items(left, run),
+        zero_grad=optimizers.gradient_items(left, n_layer, -1),
         parameter_items=[
             *optimizers.parameter_items(params, n_layer),
             *(Event(1, table) for table in twin.buffers()),
@@ -156,5 +159,5 @@ def first_steps(run: RunConfig, p: Pieces, n_steps: int = 3, n_micro: int = 3) -
         if micro_steps > 1:
             items.append(Loop(micro_steps - 1, p.next_micro, numbered=False))
         items += [Mark("optimizer", "clip_grad_norm_"), *p.clip, Mark("optimizer", "step")]
-        items += [*(p.states if step == 0 else []), *p.step, *p.zero_grad]
+        items += [*(p.states if step == 0 and not run.optimizer_in_backward else []), *p.step, *p.zero_grad]
     return Tape(items)
