@@ -78,14 +78,26 @@ BY_PHASE: Mapping[str, tuple[str, ...]] = MappingProxyType(
 )
 
 
+# Levers that a run has pulled already, by the key and values that tell so.
+DONE: tuple[tuple[str, str, tuple[object, ...]], ...] = (
+    ("checkpointing", "activation_checkpointing", ("block",)),
+    ("bfloat16", "dtype", ("bfloat16", "float16")),
+    ("adamw8bit", "optimizer", ("adamw8bit",)),
+    ("fused", "optimizer_impl", ("fused",)),
+    ("chunked", "loss", ("chunked",)),
+    ("batch", "batch_size", (1,)),
+)
+
+
 def worded_remedies(facts: OomFacts, trainer: Trainer, logits: bool) -> list[Remedy]:
     """Changes in the trainer's words, without figures: for a run whose sizes nobody told."""
     names = BY_PHASE["loss"] if logits and facts.phase in ("forward", "backward", "unknown") else ()
     names = dict.fromkeys((*names, *BY_PHASE.get(facts.phase, ())))
     batch = facts.config.get("batch_size")
     sizes = _sizes(batch // 2, facts) if isinstance(batch, int) and batch > 1 else {}
+    done = {lever for lever, key, values in DONE if facts.config.get(key) in values}
     words = {**trainer.words, "batch": (trainer.batch, "a step's peak is that of one micro-batch; its tokens stay")}
-    return [Remedy(*spelled(words[name], **sizes)) for name in names if name in words]
+    return [Remedy(*spelled(words[name], **sizes)) for name in names if name in words and name not in done]
 
 
 def _sizes(batch: int, facts: OomFacts) -> dict[str, object]:

@@ -33,6 +33,9 @@ FIGURES = (
 OF_A_TENSOR = frozenset(("cuda_caching_allocator", "hip", "xpu", "mps", "cuda_async_allocator", "per_process_limit"))
 
 
+EXACT = frozenset(("unknown", *(name for name, trainer in TRAINERS.items() if trainer.exact)))
+
+
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
     """What `gptfit explain-oom` answers. `trainer` is whose code the text is of, `program` whose tape stands for it;
@@ -50,6 +53,14 @@ class Diagnosis:
     recognised: Mapping[str, object]
     instant: Instant | None
     run_known: bool
+
+    @property
+    def words(self) -> str:
+        """In whose words the remedies are; "" where they are not about a trainer's code."""
+        if self.facts.kind not in OF_A_TENSOR:
+            return ""
+        title = trainer_of(self.trainer).title
+        return f"in the words of {title}" + ("" if self.trainer in TRAINERS else ": nothing tells whose code ran")
 
     def to_json(self) -> dict[str, object]:
         facts, tensor, instant = self.facts, self.tensor, self.instant
@@ -91,14 +102,24 @@ def explain_text(text: str, run: RunConfig | None = None, program: str | None = 
 def diagnose(facts: OomFacts, failed: FailedRun | None = None, program: str | None = None) -> Diagnosis:
     """Explains `facts`. `failed` is the failed run as far as it is known, `program` whose code ran it."""
     trainer = trainer_of(facts.program, program)
-    warnings = [*facts.notes, *(failed.notes if failed else ())]
+    warnings = list(facts.notes)
     case = _case(failed, trainer, warnings) if facts.kind != "not_oom" else None
     known = case is not None and failed is not None and failed.model_known
     tensor = _tensor(facts, case, known)
+    if case is not None and not trainer.exact and (not known or facts.adapters):
+        why = "a few added weights are trained" if facts.adapters else "the text does not tell the model's shape"
+        warnings.append(f"{why}: no figure is computed")
+        case, known = None, False
     instant = None
-    if case is not None and facts.kind in OF_A_TENSOR:
-        instant = find_instant(case, facts.phase, tensor, facts.tried_bytes, facts.allocated_bytes)
-    instant = instant if known else None
+    if case is not None and known and facts.kind in OF_A_TENSOR:
+        instant = find_instant(case, facts.phase, tensor, facts.tried_bytes, facts.allocated_bytes, facts.total_bytes)
+        if instant is not None and instant.impossible:
+            warnings.append(f"{instant.sentence()}: no figure is computed")
+            case, known, instant = None, False, None
+            if tensor is not None and not tensor.printed:
+                tensor = replace(tensor, confidence="possible")
+    if failed is not None and case is not None:
+        warnings += failed.notes
     cause = cause_of(facts, case if known else None, tensor, instant)
     within = instant.within if instant else WITHIN.get(facts.phase, ())
     remedies = general_remedies(facts)
@@ -148,6 +169,7 @@ def _tensor(facts: OomFacts, case: Case | None, known: bool) -> tensors.Tensor |
     if facts.kind not in OF_A_TENSOR:
         return None
     lines = [text for frame in facts.frames for text in (frame.function, frame.code) if text]
+    case = case if known or "vocab_size" in facts.config or facts.program in EXACT else None
     tensor = tensors.name_tensor(facts.phase, lines, facts.tried_bytes, case.run if case else None)
     if tensor is not None and tensor.confidence == "exact" and not known and not tensor.printed:
         return replace(tensor, confidence="likely")
@@ -158,8 +180,6 @@ def _room(facts: OomFacts, trainer: Trainer, instant: Instant | None) -> int | N
     """What the allocator could hold at that instant, for the tensors of this run: what it held and what was free, less
     what is held beside the run. None where the text does not say, or where the tape is not that of the run."""
     if not trainer.exact and (instant is None or instant.adds_up is False):
-        return None
-    if instant is not None and instant.adds_up is False and not instant.unexplained_bytes:
         return None
     reserved = facts.reserved_bytes
     if reserved is None and facts.allocated_bytes is not None:

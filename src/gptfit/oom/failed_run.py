@@ -3,11 +3,12 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from gptfit.config import RunConfig
+from gptfit.config import ModelConfig, RunConfig
 from gptfit.door import read_config
 from gptfit.errors import GptfitError
 from gptfit.oom.read import OomFacts
 from gptfit.oom.trainers import trainer_of
+from gptfit.presets import load_preset
 
 MODEL = frozenset(("n_layer", "n_embd"))
 BATCH = frozenset(("batch_size", "block_size"))
@@ -47,10 +48,14 @@ def failed_run(facts: OomFacts, config: str | None = None, overrides: Sequence[s
     recognised = {key: value for key, value in facts.config.items() if key not in typed.user_keys}
     huge = [key for key, value in recognised.items() if isinstance(value, int) and value > MOST.get(key, value)]
     notes = [f"{key}={recognised.pop(key)} is not believed, and not used" for key in huge]
-    told = typed.user_keys | recognised.keys()
+    named = _named(facts.model) if not trainer.exact else {}
+    told = typed.user_keys | recognised.keys() | named.keys()
     if not told & TOLD:
         return None
-    values = {**{key: value for key, value in trainer.assumed.items() if key not in typed.user_keys}, **recognised}
+    known = {**trainer.assumed, **named}
+    values = {**{key: value for key, value in known.items() if key not in typed.user_keys}, **recognised}
+    if named:
+        notes.append(f"the shape of the model is that of {load_preset(facts.model).title}, which the text names")
     if trainer.per_gpu and "gradient_accumulation_steps" in recognised:
         values["gradient_accumulation_steps"] = int(str(values["gradient_accumulation_steps"])) * _gpus(values)
     elif "n_gpus" in recognised and "gradient_accumulation_steps" not in told:
@@ -63,6 +68,12 @@ def failed_run(facts: OomFacts, config: str | None = None, overrides: Sequence[s
         notes.append(f"the keys that the text tells do not make a run ({error.message}); only what was typed is used")
         return FailedRun(typed.run, typed.user_keys, False, tuple(notes)) if typed.user_keys & TOLD else None
     return FailedRun(run, frozenset(told), False, (*notes, *_assumed(run, told, trainer.assumed, trainer.title)))
+
+
+def _named(model: str) -> dict[str, object]:
+    """The shape of a well-known model; how long its texts are is the run's."""
+    values = load_preset(model).values if model else {}
+    return {key: value for key, value in values.items() if key in ModelConfig.model_fields and key != "block_size"}
 
 
 def _gpus(values: Mapping[str, object]) -> int:

@@ -17,7 +17,7 @@ def folk_advice(case: Case | None, within: tuple[str, ...], remedies: Sequence[R
         yield NotRemedy("float16 instead of bfloat16", "both take 2 bytes an element: nothing is saved")
         yield NotRemedy("torch.cuda.empty_cache()", EMPTY_CACHE)
         return
-    if case.run.dtype != "float32":
+    if case.run.dtype != "float32" and case.run.param_dtype == "float32":
         other = "float16" if case.run.dtype == "bfloat16" else "bfloat16"
         delta = _delta(case, case.changed(dtype=other), within)
         if delta is not None and delta > -MiB:

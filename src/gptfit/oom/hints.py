@@ -68,6 +68,36 @@ _GPU = lazy(
 )
 
 
+# Well-known models by the names that pastes give them; the presets of those names have their shapes.
+MODELS: tuple[tuple[str, re.Pattern[str]], ...] = (
+    ("llama-3.2-1b", lazy(r"llama[-_]?3[._]2[-_]1b(?!\w)", re.I)),
+    ("qwen2.5-0.5b", lazy(r"qwen[-_]?2[._]5[-_]0[._]5b(?!\w)", re.I)),
+    ("tinyllama-1.1b", lazy(r"tinyllama[-_/ ]{1,2}(?:v\d[._])?1[._]1b", re.I)),
+    *(
+        (
+            name,
+            lazy(
+                rf"(?:openai-community/|model\w{{0,16}}[\"']?[=: ]{{1,3}}[\"']?|from_pretrained\([\"'])"
+                rf"{name}(?![\w-])"
+            ),
+        )
+        for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+    ),
+)
+_ADAPTERS = lazy(r"\bpeft[/\\]|LoraConfig|\bq?lora\b|_lora_|finetune_lora|load_in_4bit", re.I)
+
+
+def model_name(lines: Sequence[str]) -> str:
+    """The preset of the model that the text names, or ""."""
+    text = "\n".join(line[:600] for line in lines[:4000])
+    return next((name for name, pattern in MODELS if pattern.search(text)), "")
+
+
+def has_adapters(lines: Sequence[str]) -> bool:
+    """Whether a few added weights are trained (LoRA): gradients and optimizer state are those of few parameters."""
+    return any(_ADAPTERS.search(line[:600]) for line in lines[:4000])
+
+
 def shapes_in(lines: Sequence[str]) -> tuple[ShapeHint, ...]:
     """Shapes in the order told, each once, at most 20."""
     found: dict[tuple[tuple[int, ...], str], ShapeHint] = {}

@@ -43,14 +43,14 @@ class Alive:
 @dataclass(frozen=True, slots=True)
 class Instant:
     """Just before the failing allocation, of `wanted`. `within` is the stretch of the tape, `live` counts the buffers
-    that `rows` sum up, `allocated_bytes` is the printed figure."""
+    that `rows` sum up; `allocated_bytes` and `total_bytes` are the printed figures."""
 
     wanted: Buffer
     within: tuple[str, ...]
     rows: tuple[Alive, ...]
     live: Mapping[Buffer, int]
     allocated_bytes: int | None
-    first_step: bool
+    total_bytes: int | None
 
     @property
     def alive_bytes(self) -> int:
@@ -70,6 +70,12 @@ class Instant:
             return None
         return abs(self.allocated_bytes - self.alive_bytes) <= SLACK * self.allocated_bytes
 
+    @property
+    def impossible(self) -> bool:
+        """Whether the tape has more alive than can have been: the keys are not those of this run."""
+        most = self.allocated_bytes if self.allocated_bytes is not None else self.total_bytes
+        return most is not None and self.alive_bytes > (1 + SLACK) * most
+
     def bytes_of(self, names: frozenset[str]) -> int:
         """Bytes of the live buffers of those names."""
         return sum(buffer.n_bytes * count for buffer, count in self.live.items() if buffer.name in names)
@@ -77,19 +83,25 @@ class Instant:
     def sentence(self) -> str:
         """Whether the rows add up to the printed figure, in words."""
         total = format_bytes(self.alive_bytes)
+        if self.impossible:
+            most = format_bytes(self.allocated_bytes or self.total_bytes or 0)
+            return f"with these keys {total} would be alive then, but there are {most}: they are not those of this run"
         if self.allocated_bytes is None:
             return f"together {total}"
         printed = format_bytes(self.allocated_bytes)
         if self.adds_up:
             return f"together {total} of the {printed} printed as allocated"
-        if self.unexplained_bytes:
-            more = format_bytes(self.unexplained_bytes)
-            return f"together {total} of the {printed} printed: another {more} is held by what these keys do not tell"
-        return f"together {total}, more than the {printed} printed: some of the keys are not those of this run"
+        more = format_bytes(self.unexplained_bytes)
+        return f"together {total} of the {printed} printed: another {more} is held by what these keys do not tell"
 
 
 def find_instant(
-    case: Case, phase: str, tensor: Tensor | None, tried_bytes: int | None, allocated_bytes: int | None
+    case: Case,
+    phase: str,
+    tensor: Tensor | None,
+    tried_bytes: int | None,
+    allocated_bytes: int | None,
+    total_bytes: int | None,
 ) -> Instant | None:
     """The allocation on the tape of the first or of a steady step that has the size asked for; of several the one
     where as much is alive as is printed, else where most is. None where the tape has none of that size."""
@@ -97,23 +109,23 @@ def find_instant(
         return None
     size = -(-tensor.n_bytes // 512) * 512 if tensor is not None and tensor.shape else None
     stretches = WITHIN.get(phase, ())
-    best: tuple[int, list[tuple[Mark, Event]], int, bool] | None = None
-    for first_step, items in ((True, _first(case)), (False, _steady(case, phase))):
+    best: tuple[int, list[tuple[Mark, Event]], int] | None = None
+    for items in (_first(case), _steady(case, phase)):
         flat = list(_flat(items, [Mark("setup", "")]))
         for at, running in _candidates(flat, stretches, size, tried_bytes, tensor):
             alive_bytes = running + WORKSPACES_BYTES
             far = abs(alive_bytes - allocated_bytes) if allocated_bytes is not None else -alive_bytes
             if best is None or far < best[0]:
-                best = (far, flat, at, first_step)
+                best = (far, flat, at)
     if best is None:
         return None
-    _, flat, at, first_step = best
+    _, flat, at = best
     live: Counter[Buffer] = Counter()
     for _, event in flat[:at]:
         live[event.buffer] += event.sign
     mark, event = flat[at]
     merged = ("loss", "loss backward") if mark.phase.startswith("loss") else (mark.phase,)
-    return Instant(event.buffer, merged, tuple(_rows(live)), live, allocated_bytes, first_step)
+    return Instant(event.buffer, merged, tuple(_rows(live)), live, allocated_bytes, total_bytes)
 
 
 def _first(case: Case) -> list[Item]:

@@ -12,7 +12,7 @@ from gptfit.errors import GptfitError
 from gptfit.oom.clean import Line, clean_lines, printable
 from gptfit.oom.figures import Message, best_of, messages_in, repetitions
 from gptfit.oom.frames import Frame, is_header, read_frames
-from gptfit.oom.hints import ShapeHint, gpu_name, program_of, shapes_in, torch_version
+from gptfit.oom.hints import ShapeHint, gpu_name, has_adapters, model_name, program_of, shapes_in, torch_version
 from gptfit.oom.kinds import Kind, kind_of
 from gptfit.oom.phases import phase_of, phase_of_text
 from gptfit.oom.runkeys import run_keys
@@ -50,7 +50,8 @@ class OomFacts:
     total that torch before 2.1 prints, `cached_bytes` what torch before 1.4 calls so (reserved less allocated),
     `reserved_unallocated_bytes` the figure of torch 2.1 and later; `other_processes_bytes` the sum of its "Process N
     has" sentences, 0 where its list names none. `config` has the run's keys as the text tells them, `config_places`
-    where: see `gptfit.oom.runkeys.PLACES`. `frames` are those of the traceback that the message ends.
+    where: see `gptfit.oom.runkeys.PLACES`. `model` is the preset of a well-known model that the text names, `adapters`
+    says that only a few added weights are trained. `frames` are those of the traceback that the message ends.
     """
 
     kind: str
@@ -78,6 +79,8 @@ class OomFacts:
     shapes: tuple[ShapeHint, ...] = ()
     torch_version: str = ""
     gpu: str = ""
+    model: str = ""
+    adapters: bool = False
     notes: tuple[str, ...] = ()
 
 
@@ -130,6 +133,8 @@ def read_paste(text: str) -> OomFacts:
         shapes=shapes,
         torch_version=torch_version(texts, _wording(message, paste.stream) if figures else ""),
         gpu=printable(gpu_name(texts)),
+        model=model_name(texts),
+        adapters=has_adapters(texts),
         notes=tuple(notes),
         **figures,
     )

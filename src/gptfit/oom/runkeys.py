@@ -63,10 +63,18 @@ OTHER_NAMES = {
     "padded_vocab_size": "vocab_size",
     "torch_compile": "compile",
     "nproc_per_node": "n_gpus",
-    "nproc-per-node": "n_gpus",
     "num_processes": "n_gpus",
     "max_steps": "max_iters",
 }
+# Keys of other programs whose values are to be translated, too.
+SPELLED = (
+    *("bf16", "fp16", "gradient_checkpointing", "enable_activation_checkpointing", "optim", "precision"),
+    *("global_batch_size", "max_length", "model_type"),
+)
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "16": "float16", "32": "float32"}
+# What most of today's models have in common (transformers: modeling_llama.py and those made after it).
+LLAMA = {"norm": "rmsnorm", "mlp": "swiglu", "position": "rope"}
+LIKE_LLAMA = frozenset(("llama", "mistral", "qwen2", "qwen3", "smollm3", "olmo2"))
 # Words that also stand in code and prose: believed where a config is printed or typed, not elsewhere.
 COMMON_WORDS = frozenset(
     ("dropout", "bias", "compile", "loss", "attention", "optimizer", "dtype", "num_heads", "num_layers")
@@ -74,7 +82,7 @@ COMMON_WORDS = frozenset(
 
 _NAMES = "|".join(
     sorted(
-        (*INTEGERS, *NUMBERS, *FLAGS, *CHOICES, *OTHER_NAMES, "bf16", "fp16", "gradient_checkpointing", "optim"),
+        (*INTEGERS, *NUMBERS, *FLAGS, *CHOICES, *OTHER_NAMES, *SPELLED),
         key=len,
         reverse=True,
     )
@@ -84,11 +92,13 @@ _VALUE = (
     r"|True|False|true|false|None|['\"]?[A-Za-z][\w.-]{1,40}['\"]?)"
 )
 _PAIR = lazy(
-    rf"(?<![\w.])(?P<dash>--(?:[a-z]{{1,12}}\.)?)?[\"']?(?P<key>{_NAMES})[\"']?\s{{0,6}}[=:]\s{{0,6}}{_VALUE}(?![\w(\[.])"
+    rf"(?<![\w.])(?:tokenizer\.)?(?P<dash>--(?:[a-z]{{1,12}}\.)?)?[\"']?(?P<key>{_NAMES})[\"']?\s{{0,6}}[=:]\s{{0,6}}{_VALUE}(?![\w(\[.])"
 )
 _OPTION = lazy(rf"(?<!\S)--(?:[a-z]{{1,12}}\.)?(?P<key>{_NAMES})(?:\s{{1,4}}(?!-){_VALUE})?(?=\s|\\|$)")
 # DeepSpeed's list: `batch_size ......... 4.........updated`
 _DOTTED = lazy(rf"\s{{0,8}}(?P<key>{_NAMES}) \.{{3,80}} {_VALUE}(?:\.{{2,80}}|\s|$)")
+# argparse takes --max-seq-len for max_seq_len; a value keeps its hyphens.
+_HYPHENS = lazy(r"--[a-z][\w.-]{1,60}")
 _OVERRIDE = lazy(r"Overriding:|overriding:|Overriding ")
 _COMMAND = lazy(
     r"(?:^|[\s$#>!])(?:python[\d.]{0,4}|torchrun|accelerate|deepspeed|tune|litgpt|gptfit|srun|\S{0,60}\.py)\s.{0,2000}"
@@ -105,6 +115,10 @@ SAYINGS: tuple[tuple[str, str, re.Pattern[str]], ...] = (
     ("vocab_size", "log", lazy(r"found vocab_size = (\d{1,7})")),
     ("vocab_size", "log", lazy(r"defaulting to vocab_size of GPT-2 to (\d{1,7})")),
     ("n_gpus", "log", lazy(r"(?:world[_ ]size|World size|WORLD_SIZE)\s?[:=]\s?(\d{1,4})\b")),
+    ("gradient_accumulation_steps", "log", lazy(r"=> gradient accumulation steps: ([\d,]{1,9})")),
+    ("batch_size", "log", lazy(r"Tokens / micro-batch / rank: (\d{1,6}) x \d")),
+    ("block_size", "log", lazy(r"Tokens / micro-batch / rank: \d{1,6} x (\d{1,7})")),
+    ("vocab_size", "log", lazy(r"^Vocab size: ([\d,]{1,9})\s*$")),
     ("n_layer", "printed model", lazy(r"\(0-\d{1,3}\): (\d{1,3}) x \w{0,24}(?:Block|Layer)\(")),
     ("vocab_size", "printed model", lazy(r"\((?:wte|embed_tokens|tok_emb\w{0,10})\): Embedding\((\d{3,7}), ")),
     ("n_embd", "printed model", lazy(r"\((?:wte|embed_tokens|tok_emb\w{0,10})\): Embedding\(\d{3,7}, (\d{1,6})")),
@@ -132,7 +146,7 @@ class RunKeys:
 
 
 def run_keys(lines: Sequence[str], code: Sequence[str], program: str = "unknown") -> RunKeys:
-    """What the lines tell of the run. `code` are lines that tracebacks quote: they are not settings."""
+    """What the lines tell of the run of `program`. `code` are lines that tracebacks quote: they are not settings."""
     quoted = set(code)
     values: dict[str, object] = {}
     places: dict[str, str] = {}
@@ -140,29 +154,43 @@ def run_keys(lines: Sequence[str], code: Sequence[str], program: str = "unknown"
     tokens: int | None = None
     echoed = 0
     for line in lines[:MOST_LINES]:
-        short = line[:3000]
+        short = _HYPHENS.sub(_underscored, line[:3000]) if "--" in line else line[:3000]
         echoed = 40 if _FROM_FILE.search(short) else max(0, echoed - 1)
         told = list(_told(short, short.strip()[:400] in quoted, echoed > 0))
         if program == "nanochat" and "depth" in short:
             told += _nanochat(short)
         for key, value, place in told:
+            if key == "max_length" and program != "trl":  # elsewhere the length of what is generated, mostly
+                continue
+            key = "block_size" if key == "max_length" else key
             if key not in places or PLACES.index(place) >= PLACES.index(places[key]):
                 values[key], places[key] = value, place
         if n_params is None and "param" in short and (size := _N_PARAMS.search(short)):
             n_params = _count(size)
         if tokens is None and ("tokens per" in short) and (found := _TOKENS.search(short)):
             tokens = int((found.group(1) or "0").replace(",", "")) or None
+    whole = values.pop("global_batch_size", None)
+    places.pop("global_batch_size", None)
+    if isinstance(whole, int) and "gradient_accumulation_steps" not in values:
+        micro, gpus = values.get("batch_size"), values.get("n_gpus", 1)
+        if isinstance(micro, int) and isinstance(gpus, int):
+            values["gradient_accumulation_steps"] = max(1, whole // (micro * gpus))
+            places["gradient_accumulation_steps"] = places["batch_size"]
     return RunKeys(values, places, n_params, tokens)
 
 
 def _nanochat(line: str) -> list[tuple[str, object, str]]:
     """nanochat's base_train.py makes all of a model's shape from its depth: 64 columns a layer, heads of 128."""
-    found = re.search(r"--depth[= ](\d{1,3})\b", line)
+    found = _DEPTH.search(line)
     if found is None:
         return []
     depth = int(found.group(1))
-    sizes = (("n_layer", depth), ("n_embd", 64 * depth), ("n_head", max(1, (64 * depth + 127) // 128)))
-    return [(key, size, "command line") for key, size in sizes if size]
+    width = -(-64 * depth // 128) * 128
+    sizes = (("n_layer", depth), ("n_embd", width), ("n_head", width // 128))
+    return [(key, size, _place(line, False, False)) for key, size in sizes if size]
+
+
+_DEPTH = lazy(r"(?:--|\bOverriding:? )?\bdepth[\"']?\s{0,3}[=: ]\s{0,3}(\d{1,3})\b")
 
 
 def _count(found: re.Match[str]) -> int:
@@ -208,6 +236,8 @@ def _sayings(line: str) -> Iterator[tuple[str, object, str]]:
             yield key, int(found.group(1).replace(",", "") or 0), place
     if "compiling the model" in line:
         yield "compile", True, "log"
+    if "8bit" in line and "_component_" in line and "AdamW" in line:  # torchtune: bitsandbytes.optim.PagedAdamW8bit
+        yield "optimizer", "adamw8bit", "printed config"
     if "using fused AdamW: " in line:
         yield "optimizer_impl", "fused" if "AdamW: True" in line else "foreach", "log"
     found = _PRETRAINED.search(line) if "gpt" in line else None
@@ -217,21 +247,33 @@ def _sayings(line: str) -> Iterator[tuple[str, object, str]]:
         yield "bias", True, "log"
 
 
+def _underscored(found: re.Match[str]) -> str:
+    return "--" + found.group()[2:].replace("-", "_")
+
+
 def _setting(name: str, text: str, place: str) -> Iterator[tuple[str, object, str]]:
     """The key in gptfit's name and type; nothing where the value is of another."""
     text = text.strip("'\"")
     truth = {"true": True, "false": False}.get(text.lower())
     if name in ("bf16", "fp16"):
         if truth:
-            yield "dtype", {"bf16": "bfloat16", "fp16": "float16"}[name], place
-    elif name == "gradient_checkpointing":
+            yield "dtype", DTYPES[name], place
+    elif name in ("gradient_checkpointing", "enable_activation_checkpointing"):
         if truth is not None:
             yield "activation_checkpointing", "block" if truth else "none", place
+    elif name == "precision":  # Lightning's: bf16-true, bf16-mixed, 16-mixed, 32-true
+        kind, _, how = text.partition("-")
+        if kind in DTYPES:
+            yield "dtype", DTYPES[kind], place
+            if (kind, how) == ("bf16", "true"):
+                yield "param_dtype", "bfloat16", place
+    elif name == "model_type":
+        yield from ((key, value, place) for key, value in LLAMA.items() if text in LIKE_LLAMA)
     elif name == "optim":
         yield from ((key, value, place) for key, value in _optimizer(text).items())
     else:
         key = OTHER_NAMES.get(name, name)
-        value = _typed(key, text, truth)
+        value = _typed(key, DTYPES.get(text, text) if key == "dtype" else text, truth)
         if value is not None:
             yield key, value, place
 
@@ -254,7 +296,7 @@ def _typed(key: str, text: str, truth: bool | None) -> object | None:
         low = text.removeprefix("torch.")
         return low if low in CHOICES[key] else None
     try:
-        if key in INTEGERS:
+        if key in INTEGERS or key in ("global_batch_size", "max_length"):
             value = 1
             for factor in text.replace("_", "").split("*"):
                 value *= int(factor)

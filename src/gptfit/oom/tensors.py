@@ -34,7 +34,7 @@ LINES: tuple[tuple[str, str, str], ...] = (
         "",
         "cross entropy",
     ),
-    (r"lm_head|output_projection|self\.head\(|logits\s*=|logits,?\s+\w*\s*=\s*self\.lm", "", "logits"),
+    (r"lm_head|unembed|output_projection|self\.head\(|logits\s*=|logits,?\s+\w*\s*=\s*self\.lm", "", "logits"),
     (r"q @ k|k\.transpose\(-2|softmax\(att|att\s*=|scores|attn_weights|baddbmm|bmm\(", "", "attention scores"),
     (r"scaled_dot_product_attention|flash_attn|c_proj\(y\)|att @ v", "", "attention output"),
     (r"gelu|silu|swiglu|c_fc|gate_proj|up_proj|mlp|relu", "", "mlp activation"),

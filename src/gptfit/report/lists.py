@@ -124,7 +124,7 @@ def diagnosis_view(answer: "Diagnosis") -> Iterator[RenderableType]:
         yield table(("", "MiB"), rows, right=("MiB",))
         yield hanging(answer.instant.sentence())
     if answer.remedies:
-        yield title("What helps")
+        yield title("What helps" + (f" ({answer.words})" if answer.words else ""))
     for remedy in answer.remedies:
         saves = "" if remedy.saves_bytes is None else f"saves {format_bytes(remedy.saves_bytes)}"
         enough = {True: "enough", False: "not enough alone", None: ""}[remedy.enough]
@@ -139,9 +139,14 @@ def diagnosis_view(answer: "Diagnosis") -> Iterator[RenderableType]:
         yield title("Read from the text")
         yield table(("", " "), known, right=(" ",))
     yield from (Text(f"note: {warning}", style=QUIET) for warning in answer.warnings)
-    if not answer.run_known and answer.facts.kind != "not_oom":
-        keys = " ".join(f"{key}={value}" for key, value in answer.recognised.items()) or "batch_size=12"
-        yield from commands((f"gptfit explain-oom FILE --config gpt2 {keys}    (says by how much)",))
+    missing = [key for key in ("n_layer", "n_embd", "batch_size", "block_size") if key not in answer.recognised]
+    if missing and not answer.run_known and answer.facts.kind != "not_oom":
+        keys = " ".join(f"{key}={EXAMPLE[key]}" for key in missing)
+        yield from commands((f"gptfit explain-oom FILE {keys}    (says by how much)",))
+
+
+# Keys of a run that a paste often leaves out, with the values of GPT-2 124M to show their form.
+EXAMPLE = {"n_layer": 12, "n_embd": 768, "batch_size": 12, "block_size": 1024}
 
 
 def advice_lines(change: str, effect: str, why: str) -> Iterator[RenderableType]:
