@@ -125,12 +125,14 @@ def spoilt(seed: int) -> str:
 
 
 def printed_sizes(text: str) -> set[int]:
-    """All sizes that a text prints, or one rank of it, white space, bars and quotes aside: a slow and plain reading."""
+    """All sizes that a text prints, or one rank of it, bars and quotes aside, with white space and without: a slow and
+    plain reading."""
     lines = clean_lines(text)
     ranks = {line.rank for line in lines}
     parts = ["".join(line.text for line in lines if rank in ("", line.rank) or not line.rank) for rank in {"", *ranks}]
-    plain = "\n".join(re.sub(r"[\s|*`\"'│]", "", part) for part in parts).lower()
-    found = re.findall(r"(?=(?<!\d)(\d[\d,]*(?:\.\d+)?)(bytes?|[kmgt]i?b?))", plain)
+    bare = [re.sub(r"[|*`\"'│]", "", part) for part in parts]
+    plain = "\n".join([*(re.sub(r"\s", "", part) for part in bare), *bare]).lower()
+    found = re.findall(r"(?=(?<!\d)(\d[\d,]*(?:\.\d+)?)\s?(bytes?|[kmgt]i?b?))", plain)
     sizes: set[int] = set()
     for number, unit in found:
         factor = NAMES.get(unit, UNITS.get(f"{unit[0].upper()}iB", 1))

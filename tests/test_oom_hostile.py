@@ -2,6 +2,8 @@
 and no text that takes long."""
 
 import dataclasses
+import importlib
+import pkgutil
 import random
 import re
 import time
@@ -11,69 +13,34 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import fuzz_oom
+import gptfit.oom
 from gptfit.errors import GptfitError
 from gptfit.logfile import read_log
-from gptfit.oom.clean import clean_lines, printable
-from gptfit.oom.read import OomFacts, read_paste
-from oom_pastes import LABELS, LAYOUTS, UNITS, labelled
+from gptfit.oom.clean import printable
+from gptfit.oom.read import read_paste
+from gptfit.oom.wordings import Rule
+from oom_pastes import LABELS, labelled
 
-FIGURES = [field.name for field in dataclasses.fields(OomFacts) if field.name.endswith("_bytes")]
-NAMES = {
-    **{name.lower(): size for name, size in UNITS.items()},
-    **{f"{unit[0]}b".lower(): UNITS[unit] for unit in list(UNITS)[1:]},
-}
 texts = st.sampled_from(sorted(LABELS)).map(labelled)
 
 
-def printed_sizes(text: str) -> set[int]:
-    """All sizes that a text prints, or one rank of it, white space, bars and quotes aside: a slow and plain reading."""
-    lines = clean_lines(text)
-    ranks = {line.rank for line in lines}
-    parts = ["".join(line.text for line in lines if rank in ("", line.rank) or not line.rank) for rank in {"", *ranks}]
-    plain = "\n".join(re.sub(r"[\s|*`\"'│]", "", part) for part in parts).lower()
-    found = re.findall(r"(?=(?<!\d)(\d[\d,]*(?:\.\d+)?)(bytes?|[kmgt]i?b?))", plain)
-    sizes: set[int] = set()
-    for number, unit in found:
-        factor = NAMES.get(unit, UNITS.get(f"{unit[0].upper()}iB", 1))
-        forms = {number.replace(",", ""), number.replace(",", ".")}  # a comma may be either mark
-        sizes |= {round(float(form) * factor) for form in forms if form.count(".") < 2}
-    return sizes
+@settings(max_examples=200, deadline=None)
+@given(seed=st.integers(0, 10**9))
+def test_a_spoilt_paste_is_answered_without_a_fault(seed):
+    """No exception, no command to the terminal, no figure that it does not print, none stated as sure that is not;
+    `python tests/fuzz_oom.py 10000` runs more of them."""
+    assert fuzz_oom.judge(fuzz_oom.spoilt(seed)) == []
 
 
-def mutated(rng: random.Random, text: str) -> str:
-    """Torn, doubled, shuffled, soiled or laid out anew."""
-    first, last = sorted((rng.randint(0, len(text)), rng.randint(0, len(text))))
-    lines = text.split("\n")
-    rng.shuffle(lines)
-    soil = bytes(rng.randrange(256) for _ in range(30)).decode("latin-1")
-    return rng.choice(
-        (
-            text[:first] + text[min(last, first + 40) :],
-            text[:first] + text[last:],
-            text[:last] + text[first:last] + text[last:],
-            "\n".join(lines),
-            text[:first] + soil + text[first:],
-            text + labelled(rng.choice(sorted(LABELS))),
-            "\n".join(LAYOUTS[rng.choice(sorted(LAYOUTS))](rng, text.split("\n"))) if text.count("\n") > 1 else text,
-            text.replace("\n", rng.choice((" ", "\r", "\n\n", "\\n", ""))),
-            "".join(character * rng.choice((0, *[1] * 30, 2)) for character in text),
-        )
-    )[:12_000]
-
-
-@settings(max_examples=300, deadline=None)
-@given(text=texts, seed=st.integers(0, 10**6), times=st.integers(1, 4))
-def test_a_spoilt_paste_is_read_without_a_figure_that_it_does_not_print(text, seed, times):
-    rng = random.Random(seed)
-    for _ in range(times):
-        text = mutated(rng, text) or text
-    try:
-        facts = read_paste(text)
-    except GptfitError:
-        return
-    printed = printed_sizes(text)
-    stated = {name: getattr(facts, name) for name in FIGURES if name != "other_processes_bytes"}
-    assert {name: size for name, size in stated.items() if size is not None and size not in printed} == {}
+def test_the_judge_of_spoilt_pastes_can_condemn(monkeypatch):
+    text = labelled("008-gpt-forward-plain")
+    assert fuzz_oom.judge(text) == []
+    honest = fuzz_oom.explain_text
+    monkeypatch.setattr(fuzz_oom, "printed_sizes", lambda text: set())
+    assert "tried_bytes" in " ".join(fuzz_oom.judge(text))
+    monkeypatch.setattr(fuzz_oom, "explain_text", lambda text: dataclasses.replace(honest(text), summary="\x1b[2J"))
+    assert "a control character is shown" in fuzz_oom.judge(text)
 
 
 @settings(max_examples=150, deadline=None)
@@ -152,6 +119,48 @@ UNITS_OF_GARBAGE = (
         "（",
     ),
 )
+
+
+def patterns() -> list[re.Pattern[str]]:
+    """Every regular expression of the package."""
+    found: dict[str, re.Pattern[str]] = {}
+    for module in pkgutil.iter_modules(gptfit.oom.__path__):
+        waiting = [*vars(importlib.import_module(f"gptfit.oom.{module.name}")).values()]
+        while waiting:
+            value = waiting.pop()
+            if isinstance(value, tuple | list):
+                waiting += value
+            elif isinstance(value, dict):
+                waiting += value.values()
+            elif isinstance(value, Rule):
+                waiting.append(value.pattern)
+            elif hasattr(value, "finditer") and isinstance(getattr(value, "pattern", None), str):
+                found[value.pattern] = value
+    return list(found.values())
+
+
+def test_no_pattern_takes_more_than_a_line_is_long():
+    """Four times the line is some four times the work: sixteen times is what a pattern that goes back takes."""
+    slow = []
+    for pattern in patterns():
+        for unit in ("a", "1", "_", " ", "/", "1.", "a.", "a=", "File ", "x.py:1", "[", "--", "|"):
+            seconds = []
+            for length in (4_000, 16_000):
+                line = unit * (length // len(unit))
+                begin = time.process_time()
+                list(pattern.finditer(line))
+                seconds.append(time.process_time() - begin)
+            if seconds[1] > 0.05 and seconds[1] > 10 * seconds[0]:
+                slow.append((pattern.pattern[:60], unit, seconds))
+    assert slow == []
+
+
+@pytest.mark.parametrize("unit", UNITS_OF_GARBAGE)
+def test_a_line_of_a_megabyte_takes_no_time(unit):
+    begin = time.process_time()
+    line = unit * (1_000_000 // len(unit))
+    read_paste(f"Tried to allocate 2.00 GiB. {line}\nCUDA out of memory. Tried to allocate 3.00 GiB.")
+    assert time.process_time() - begin < 5
 
 
 @pytest.mark.parametrize("unit", UNITS_OF_GARBAGE)
