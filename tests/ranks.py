@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from gptfit.config import make_run
+from gptfit.distributed import joined, launched
 from gptfit.events import Event, Note, Stepped
 from gptfit.train import train
 
@@ -50,13 +51,17 @@ def work(rank: int, n: int, port: int, folder: Path, jobs: list[Job]) -> None:
     torch.set_num_threads(1)
     variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": n, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in variables.items()})
-    for job in jobs:
-        events: list[Event] = []
-        finished = train(make_run(job.run), folder / job.out, job.resume, None, events.append, "cpu")
-        said = {
-            "notes": [event.text for event in events if isinstance(event, Note)],
-            "steps": [event.step for event in events if isinstance(event, Stepped)],
-            "step": finished.step,
-            "stopped_by": finished.stopped_by,
-        }
-        (folder / f"{job.out}-rank{rank}.json").write_text(json.dumps(said))
+    with joined(launched()):
+        for job in jobs:
+            (folder / f"{job.out}-rank{rank}.json").write_text(json.dumps(trained(job, folder)))
+
+
+def trained(job: Job, folder: Path) -> dict[str, Any]:
+    events: list[Event] = []
+    finished = train(make_run(job.run), folder / job.out, job.resume, None, events.append, "cpu")
+    return {
+        "notes": [event.text for event in events if isinstance(event, Note)],
+        "steps": [event.step for event in events if isinstance(event, Stepped)],
+        "step": finished.step,
+        "stopped_by": finished.stopped_by,
+    }

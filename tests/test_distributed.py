@@ -1,6 +1,7 @@
 """Two processes that talk through gloo train as one does: the same losses, the same files, the same end."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -56,7 +57,7 @@ def trained(dataset, tmp_path_factory) -> Path:
     return folder
 
 
-STRATEGIES = ("ddp",)
+STRATEGIES = ("ddp", "fsdp")
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -100,15 +101,45 @@ def test_as_many_processes_as_gpus_or_a_line_to_type(monkeypatch):
         check_size(run, launched())
 
 
-def test_a_checkpoint_of_two_processes_is_one_process_s(trained):
-    found = checkpoint.latest_valid(trained / "ddp")
-    alone = checkpoint.latest_valid(trained / "one")
-    assert found is not None and alone is not None
-    assert {name: value.shape for name, value in found.checkpoint.model.items()} == {
-        name: value.shape for name, value in alone.checkpoint.model.items()
-    }
+def at_step_10(trained: Path, name: str, to: Path) -> None:
+    """The folder of a run as it was after its tenth step."""
+    to.mkdir()
+    shutil.copy(trained / name / "checkpoint-00000010.pt", to)
+    shutil.copy(trained / name / "metrics.jsonl", to)
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_checkpoint_of_two_processes_has_what_one_process_writes(trained, strategy):
+    """Shapes of every weight and state, by the same names; and nearly the same values."""
+    one, two = (checkpoint.load(trained / name / "checkpoint-00000020.pt") for name in ("one", strategy))
+    torch.testing.assert_close(dict(two.model), dict(one.model), rtol=0, atol=1e-3)
+    assert two.optimizer["state"].keys() == one.optimizer["state"].keys()
+    for index, state in one.optimizer["state"].items():
+        torch.testing.assert_close(two.optimizer["state"][index], state, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_one_process_goes_on_from_a_checkpoint_of_two(trained, dataset, tmp_path, strategy):
+    at_step_10(trained, strategy, tmp_path / "run")
+    train(make_run(small(dataset)), tmp_path / "run", resume=True)
+    assert losses(tmp_path / "run") == pytest.approx(losses(trained / "one"), abs=1e-3)
+
+
+@pytest.mark.slow
+def test_other_numbers_of_processes_go_on_from_a_checkpoint(trained, dataset, tmp_path):
+    """Named by who wrote it and who goes on: bit for bit where that is the same number and strategy."""
+    for n, pairs in {2: ["ddp-ddp", "fsdp-fsdp", "one-fsdp"], 4: ["fsdp-ddp", "ddp-fsdp"]}.items():
+        jobs = [Job(pair, small(dataset, n_gpus=n, strategy=pair.split("-")[1]), resume=True) for pair in pairs]
+        for job in jobs:
+            at_step_10(trained, job.out.split("-")[0], tmp_path / job.out)
+        train_together(tmp_path, n, jobs)
+        for job in jobs:
+            assert losses(tmp_path / job.out) == pytest.approx(losses(trained / "one"), abs=1e-3)
+    for strategy in STRATEGIES:
+        assert losses(tmp_path / f"{strategy}-{strategy}") == losses(trained / strategy)
+
+
+@pytest.mark.slow
 def test_the_command_under_torchrun_prints_once(dataset, tmp_path):
     keys = [f"{key}={value}" for key, value in small(dataset, max_iters=2, eval_interval=0).items()]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]

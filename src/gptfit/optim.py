@@ -107,7 +107,9 @@ def _adamw(model: nn.Module, run: RunConfig) -> Stepper:
 
 def _sgd(model: nn.Module, run: RunConfig) -> Stepper:
     groups = decay_groups(model.named_parameters(), run.weight_decay)
-    return torch.optim.SGD(groups, lr=run.learning_rate, momentum=run.momentum, **_implementation(run))
+    # torch has no fused form for sharded parameters.
+    impl = {"foreach": True} if run.strategy == "fsdp" and run.optimizer_impl == "fused" else _implementation(run)
+    return torch.optim.SGD(groups, lr=run.learning_rate, momentum=run.momentum, **impl)
 
 
 def _adafactor(model: nn.Module, run: RunConfig) -> Stepper:

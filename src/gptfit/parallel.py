@@ -9,21 +9,31 @@ that failed plays out the rest with what is in its buffers. Then all ranks stand
 agree to do the step again.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather, DefaultReduceScatter
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map_only
 
 from gptfit.config import RunConfig
 from gptfit.distributed import Ranks
-from gptfit.model import GPT
+from gptfit.errors import GptfitError
+from gptfit.model import GPT, compile_model
 from gptfit.optim import Stepper
 
 REHEARSED_TOKENS = 8
+
+# Adafactor normalises rows and columns in place, which torch does not do on sharded tensors.
+UNSHARDABLE = ("adafactor",)
 
 
 class Strategy(Protocol):
@@ -33,8 +43,9 @@ class Strategy(Protocol):
 
     def loss(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor: ...
 
-    def micro_step(self, last: bool) -> AbstractContextManager[None]:
-        """Around forward and backward of a micro-batch; `last`: of the step."""
+    def micro_batch(self, left: int) -> AbstractContextManager[None]:
+        """Around forward and backward of a micro-batch after which `left` follow in the step; without gradients,
+        around the forward of an evaluation."""
         ...
 
     def zero_grad(self, optimizer: Stepper) -> None: ...
@@ -44,7 +55,25 @@ class Strategy(Protocol):
         ...
 
     def start_over(self) -> None:
-        """After a step that some rank could not finish, on all ranks."""
+        """After a step or an evaluation that some rank could not finish, on all ranks."""
+        ...
+
+    def compile(self) -> None: ...
+
+    def clip(self, max_norm: float) -> Tensor:
+        """Clips the gradients of all parameters together; their norm before."""
+        ...
+
+    def load(self, states: Mapping[str, Any]) -> None:
+        """The whole weights of `states` into the model."""
+        ...
+
+    def gathered(self, states: Mapping[str, Any]) -> dict[str, Any]:
+        """`states` of the model or the optimizer with every tensor whole: on rank 0, and on the CPU if it was not."""
+        ...
+
+    def scattered(self, states: Mapping[str, Any], optimizer: Stepper) -> dict[str, Any]:
+        """The optimizer's whole `states` as this rank holds them."""
         ...
 
 
@@ -57,7 +86,7 @@ class Alone:
     def loss(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
         return self.model(inputs_BT, targets_BT)
 
-    def micro_step(self, last: bool) -> AbstractContextManager[None]:
+    def micro_batch(self, left: int) -> AbstractContextManager[None]:
         return nullcontext()
 
     def zero_grad(self, optimizer: Stepper) -> None:
@@ -69,8 +98,24 @@ class Alone:
     def start_over(self) -> None:
         pass
 
+    def compile(self) -> None:
+        compile_model(self.model)
 
-class Replicated:
+    def clip(self, max_norm: float) -> Tensor:
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    def load(self, states: Mapping[str, Any]) -> None:
+        self.model.load_state_dict(dict(states))
+
+    def gathered(self, states: Mapping[str, Any]) -> dict[str, Any]:
+        return dict(states)
+
+    def scattered(self, states: Mapping[str, Any], optimizer: Stepper) -> dict[str, Any]:
+        return dict(states)
+
+
+class Replicated(Alone):
     """DistributedDataParallel: a whole model on each rank, gradients averaged while the last backward runs.
 
     Gradients are views into its buckets and stay there: set to None, the first micro-step would make a second set
@@ -78,19 +123,20 @@ class Replicated:
     """
 
     def __init__(self, model: GPT, size: int) -> None:
-        self.model = model
+        super().__init__(model)
         self.size = size
         self.wrapped: nn.Module = model
         self._wrap()
 
     def loss(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        return self.wrapped(inputs_BT, targets_BT)
+        return (self.wrapped if torch.is_grad_enabled() else self.model)(inputs_BT, targets_BT)
 
     @contextmanager
-    def micro_step(self, last: bool) -> Iterator[None]:
-        self.reduced = 0
+    def micro_batch(self, left: int) -> Iterator[None]:
+        # An evaluation owes nothing.
+        self.reduced = 0 if torch.is_grad_enabled() else len(self.buckets)
         assert isinstance(self.wrapped, DistributedDataParallel)
-        with nullcontext() if last else self.wrapped.no_sync():
+        with self.wrapped.no_sync() if left else nullcontext():
             yield
 
     def zero_grad(self, optimizer: Stepper) -> None:
@@ -126,21 +172,159 @@ class Replicated:
         return work.get_future().then(lambda future: future.value()[0])
 
 
+class Sharded(Alone):
+    """FSDP2: each rank keeps 1/n of every parameter, gradient and state; a block is whole while it computes.
+
+    Parameters are gathered in their own dtype, as the model casts for itself what it computes with. Gradients are
+    scattered after each micro-batch: whole ones would be as large as on one GPU.
+    """
+
+    def __init__(self, model: GPT, size: int) -> None:
+        super().__init__(model)
+        self.mesh = init_device_mesh(model.lm_head.weight.device.type, (size,))
+        for block in cast(nn.ModuleList, model.transformer["h"]):
+            fully_shard(block, mesh=self.mesh)
+        self.root = fully_shard(model, mesh=self.mesh)
+        self.script: list[Collective] = []  # of one micro-batch
+        self.position = self.left = 0
+        self.evaluation: list[Collective] = []
+        self.done: list[Collective] = []
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.set_custom_all_gather(CountedGather(self.done))
+                module.set_custom_reduce_scatter(CountedScatter(self.done))
+        rehearse(self)
+        self.script = list(self.done)
+        with torch.no_grad():
+            rehearse(self)
+        self.evaluation = list(self.done)
+
+    @contextmanager
+    def micro_batch(self, left: int) -> Iterator[None]:
+        self.done.clear()
+        self.left = left
+        yield
+        if not torch.is_grad_enabled():
+            self.root.reshard()  # FSDP leaves the embeddings whole for a backward that does not come
+
+    def play_out(self) -> None:
+        script = self.script if torch.is_grad_enabled() else self.evaluation
+        for collective in (*script[len(self.done) :], *script * self.left):
+            collective.play(self.mesh.get_group())
+
+    def start_over(self) -> None:
+        """Drops what a forward or a backward that was cut short left: whole parameters, gradients not yet scattered."""
+        for part in self.root._get_fsdp_state()._state_ctx.all_states:
+            for parameter in (p for group in part._fsdp_param_groups for p in group.fsdp_params):
+                if hasattr(parameter, "_unsharded_param"):  # the reset leaves its gradient, to be added to
+                    parameter._unsharded_param.grad = None
+        self.root.reset_iter_state()
+
+    def compile(self) -> None:
+        """Block by block: gathering happens between them."""
+        for block in cast(nn.ModuleList, self.model.transformer["h"]):
+            block.compile()
+
+    def load(self, states: Mapping[str, Any]) -> None:
+        own = self.model.state_dict()
+        super().load({name: self._own(value, own[name]) for name, value in states.items()})
+
+    def gathered(self, states: Mapping[str, Any]) -> dict[str, Any]:
+        keep = dist.get_rank() == 0
+
+        def whole(tensor: DTensor) -> Tensor | None:
+            full = tensor.full_tensor()
+            return full.cpu() if keep else None
+
+        return tree_map_only(DTensor, whole, dict(states))
+
+    def scattered(self, states: Mapping[str, Any], optimizer: Stepper) -> dict[str, Any]:
+        if "parts" in states:
+            parts = zip(states["parts"], optimizer.parts, strict=True)  # pyright: ignore[reportAttributeAccessIssue]
+            return {"parts": [self.scattered(part, own) for part, own in parts]}
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        scattered = {
+            index: {name: self._own(value, parameters[index]) for name, value in state.items()}
+            for index, state in states["state"].items()
+        }
+        return {**states, "state": scattered}
+
+    def _own(self, value: Any, parameter: Tensor) -> Any:
+        """A state as large as its parameter is sharded as that is; smaller ones every rank has whole."""
+        if isinstance(value, Tensor) and isinstance(parameter, DTensor) and value.shape == parameter.shape:
+            value = value.to(parameter.device)
+            return distribute_tensor(value, self.mesh, parameter.placements, src_data_rank=None)
+        return value
+
+
+@dataclass(frozen=True, slots=True)
+class Collective:
+    """One gather or scatter, enough of it to take part in it without data."""
+
+    gathers: bool
+    n_in: int
+    n_out: int
+    dtype: torch.dtype
+    device: torch.device
+
+    def play(self, group: dist.ProcessGroup) -> None:
+        data = torch.zeros(self.n_in, dtype=self.dtype, device=self.device)
+        out = torch.empty(self.n_out, dtype=self.dtype, device=self.device)
+        if self.gathers:
+            dist.all_gather_into_tensor(out, data, group)
+        else:
+            dist.reduce_scatter_tensor(out, data, group=group)
+
+
+class CountedGather(DefaultAllGather):
+    def __init__(self, done: list[Collective]) -> None:
+        self.done = done
+
+    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, *rest: Any, **options: Any) -> Any:
+        work = super().__call__(output_tensor, input_tensor, *rest, **options)
+        self.done.append(
+            Collective(True, input_tensor.numel(), output_tensor.numel(), output_tensor.dtype, output_tensor.device)
+        )
+        return work
+
+
+class CountedScatter(DefaultReduceScatter):
+    def __init__(self, done: list[Collective]) -> None:
+        self.done = done
+
+    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, *rest: Any, **options: Any) -> Any:
+        work = super().__call__(output_tensor, input_tensor, *rest, **options)
+        self.done.append(
+            Collective(False, input_tensor.numel(), output_tensor.numel(), output_tensor.dtype, output_tensor.device)
+        )
+        return work
+
+
 def rehearse(strategy: Strategy) -> None:
     """Forward and backward of a few tokens, for what they set up, not compiled. Leaves gradients of zero."""
     model = strategy.model
     device = model.lm_head.weight.device
     n_tokens = min(REHEARSED_TOKENS, model.run.block_size)
     ids_BT = torch.zeros(1, n_tokens, dtype=torch.int64, device=device)
-    with strategy.micro_step(last=True), torch.compiler.set_stance("force_eager"):
-        strategy.loss(ids_BT, ids_BT).backward()
+    with strategy.micro_batch(left=0), torch.compiler.set_stance("force_eager"):
+        loss = strategy.loss(ids_BT, ids_BT)
+        if loss.requires_grad:
+            loss.backward()
     for parameter in model.parameters():
         if parameter.grad is not None:
             parameter.grad.zero_()
 
 
 def share_model(model: GPT, run: RunConfig, ranks: Ranks) -> Strategy:
-    """`model` under the strategy of `run`."""
+    """`model` under the strategy of `run`.
+
+    Raises GptfitError where its optimizer cannot work on parts of parameters.
+    """
     if ranks.size == 1:
         return Alone(model)
-    return Replicated(model, ranks.size)
+    if run.strategy == "fsdp" and run.optimizer in UNSHARDABLE:
+        raise GptfitError(
+            f"optimizer={run.optimizer} with strategy=fsdp: it needs whole parameters, and fsdp shards them",
+            "strategy=ddp, or another optimizer: adamw, lion, muon, sgd",
+        )
+    return Sharded(model, ranks.size) if run.strategy == "fsdp" else Replicated(model, ranks.size)

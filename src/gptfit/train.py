@@ -12,7 +12,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar, cast
 
@@ -29,11 +29,12 @@ from gptfit.distributed import Ranks, check_size, joined, launched, own_device
 from gptfit.errors import GptfitError
 from gptfit.events import Event, Finished, Listener, Measured, Note, Saved, Started, Stepped
 from gptfit.init_from import start_weights
-from gptfit.model import GPT, compile_model
+from gptfit.model import GPT
 from gptfit.optim import Stepper, build_optimizer, learning_rate_at, load_state, set_learning_rate
 from gptfit.parallel import Strategy, share_model
 from gptfit.replacing import replacing
 from gptfit.signals import Asked, stop_on_signal
+from gptfit.watch import Watch
 
 RUN_FILE = "run.yaml"
 
@@ -77,6 +78,7 @@ def _run(session: "Session", out: Path, predicted: Mapping[str, int]) -> Finishe
     began, first = time.perf_counter(), session.step
     record: Stepped | None = None
     saved: Saved | None = None
+    watch = Watch(run, session.data, session.model, out, emit, ranks.first)
     with stop_on_signal() as asked:
         stopped = _agreed(ranks, asked)
         while session.step < run.max_iters and not stopped:
@@ -85,12 +87,12 @@ def _run(session: "Session", out: Path, predicted: Mapping[str, int]) -> Finishe
                 emit(Measured(held.allocated_bytes, held.reserved_bytes, held.card_used_bytes, predicted))
             last = session.step == run.max_iters
             if run.eval_interval and (last or session.step % run.eval_interval == 0):
-                record = replace(record, val_loss=_evaluate(session))
+                record = watch.evaluated(record, _evaluate(session))
             with ranks.together():
                 if ranks.first:
                     metrics.append(out, record)
-            emit(record)
-            stopped = _agreed(ranks, asked)
+            watch.tell(record)
+            stopped = _agreed(ranks, asked) or watch.spent(record)
             due = run.checkpoint_interval and session.step % run.checkpoint_interval == 0
             if due or last or stopped:
                 saved = _save(session, out)
@@ -146,8 +148,8 @@ class Session:
         return Checkpoint(
             step=self.step,
             run=self.run,
-            model=self.model.state_dict(),
-            optimizer=self.optimizer.state_dict(),
+            model=self.strategy.gathered(self.model.state_dict()),
+            optimizer=self.strategy.gathered(self.optimizer.state_dict()),
             scaler=self.scaler.state_dict(),
             rng=rng_state(),
             tokenizer=self.data.tokenizer,
@@ -176,8 +178,9 @@ def _set_up(
     model = GPT(run).to(device)
     if found is None:
         notes += start_weights(model, run)
-    strategy = share_model(model, run, ranks)
-    optimizer = build_optimizer(model, run)
+    with ranks.together():  # what these refuse, they refuse on all ranks
+        strategy = share_model(model, run, ranks)
+        optimizer = build_optimizer(model, run)
     scaler = torch.amp.GradScaler(device.type, enabled=run.dtype == "float16")
     session = Session(run, device, data, model, optimizer, scaler, emit, ranks, strategy)
     session.micro_batch, session.eval_batch = run.batch_size, run.eval_batch_size
@@ -185,7 +188,7 @@ def _set_up(
         notes += found.skipped + _changes(found.checkpoint, run, data)
         _restore(session, found.checkpoint)
     if run.compile:
-        compile_model(model)
+        strategy.compile()
     with ranks.together():
         if ranks.first:
             with replacing(out / RUN_FILE) as file:
@@ -237,8 +240,8 @@ def _changes(checkpoint: Checkpoint, run: RunConfig, data: Dataset) -> tuple[str
 
 
 def _restore(session: Session, checkpoint: Checkpoint) -> None:
-    session.model.load_state_dict(dict(checkpoint.model))
-    load_state(session.optimizer, dict(checkpoint.optimizer))
+    session.strategy.load(checkpoint.model)
+    load_state(session.optimizer, session.strategy.scattered(checkpoint.optimizer, session.optimizer))
     if checkpoint.scaler and session.scaler.is_enabled():
         session.scaler.load_state_dict(dict(checkpoint.scaler))
     session.step = checkpoint.step
@@ -247,7 +250,7 @@ def _restore(session: Session, checkpoint: Checkpoint) -> None:
 
 def _step(session: Session) -> Stepped:
     """One optimizer step."""
-    run, model, optimizer, scaler = session.run, session.model, session.optimizer, session.scaler
+    run, optimizer, scaler = session.run, session.optimizer, session.scaler
     reset_peaks(session.device)
     began = time.perf_counter()
     rate = learning_rate_at(session.step, run)
@@ -261,7 +264,7 @@ def _step(session: Session) -> Stepped:
     norm = None
     if run.grad_clip:
         scaler.unscale_(optimizer)  # pyright: ignore[reportArgumentType]
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), run.grad_clip)
+        norm = session.strategy.clip(run.grad_clip)
     with session.ranks.together():
         try:
             scaler.step(optimizer)  # pyright: ignore[reportArgumentType]
@@ -301,7 +304,7 @@ def _accumulate(session: Session, starts: np.ndarray) -> torch.Tensor:
     for i, part in enumerate(parts):
         share = len(part) / len(starts)
         inputs_BT, targets_BT = load_batch(session.data.tokens(TRAIN), part, session.run, session.device)
-        with session.strategy.micro_step(last=i == len(parts) - 1):
+        with session.strategy.micro_batch(left=len(parts) - 1 - i):
             loss = session.strategy.loss(inputs_BT, targets_BT) * share
             session.scaler.scale(loss).backward()
         total += loss.detach()
@@ -317,9 +320,13 @@ def _evaluate(session: Session) -> float:
 
     def mean() -> float:
         total = torch.zeros((), device=session.device)
-        for part in _split(starts, session.eval_batch):
-            inputs_BT, targets_BT = load_batch(tokens, part, run, session.device)
-            total += session.model(inputs_BT, targets_BT) * (len(part) / n)
+        for i, part in enumerate(parts := _split(starts, session.eval_batch)):
+            # A rank without a sequence left takes part all the same.
+            part_or_any = part if len(part) else np.zeros(1, np.int64)
+            inputs_BT, targets_BT = load_batch(tokens, part_or_any, run, session.device)
+            with session.strategy.micro_batch(left=len(parts) - 1 - i):
+                loss = session.strategy.loss(inputs_BT, targets_BT)
+            total += loss * (len(part) / n)
         return float(total)
 
     session.model.eval()
@@ -354,10 +361,10 @@ def _fitting(session: Session, attempt: Callable[[], T], evaluating: bool = Fals
         if not session.ranks.any(bool(reason)):
             return cast(T, result)
         reason = next(text for text in session.ranks.words(reason) if text)
-        session.optimizer.zero_grad()
-        release_cached(session.device)
         if not evaluating:
-            session.strategy.start_over()
+            session.optimizer.zero_grad()
+        session.strategy.start_over()
+        release_cached(session.device)
         restore_rng(rng)
         size = session.eval_batch if evaluating else session.micro_batch
         name = "eval_batch_size" if evaluating else "batch_size"
