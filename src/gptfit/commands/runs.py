@@ -32,8 +32,22 @@ def train(
     force: Annotated[bool, typer.Option("--force", help="Train even if it is predicted not to fit.")] = False,
     log: Annotated[str, typer.Option(metavar="NAMES", help="Metrics also to: csv,tensorboard,wandb.")] = "",
     device: Device = "",
+    printed: Annotated[
+        str, typer.Option("--print", metavar="KIND", help="Print a torchrun line or slurm script; do not train.")
+    ] = "",
 ) -> int:
-    """Trains a run: estimated first, measured beside predicted, resumable."""
+    """Trains a run: estimated first, measured beside predicted, resumable.
+
+    On several GPUs: torchrun --standalone --nproc_per_node=2 -m gptfit train CONFIG n_gpus=2 strategy=ddp
+    """
+    if printed:
+        from gptfit.cluster import start_script
+        from gptfit.door import read_config
+        from gptfit.report.output import write
+
+        asked = asked_for(context, words)
+        write(start_script(printed, asked, read_config(asked.config, asked.overrides).run, out))
+        return YES
     from gptfit.distributed import joined, launched
     from gptfit.launch import prepare_launch
     from gptfit.progress import Progress
