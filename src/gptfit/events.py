@@ -31,7 +31,8 @@ class Note:
 @dataclass(frozen=True, slots=True)
 class Stepped:
     """One step, as metrics.jsonl holds it. `step` counts from 1; `loss` is the mean over the whole step;
-    `tokens` are those trained on so far; `grad_norm` is taken before clipping. None: not known here."""
+    `tokens` are those trained on so far; `grad_norm` is taken before clipping. None: not known here.
+    `val_loss` is in nats a token, `val_bpb` the same in bits per byte of text."""
 
     step: int
     loss: float
@@ -43,6 +44,15 @@ class Stepped:
     peak_allocated_bytes: int | None
     peak_reserved_bytes: int | None
     val_loss: float | None = None
+    val_bpb: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """What the model wrote after that step."""
+
+    step: int
+    text: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,5 +83,5 @@ class Finished:
     checkpoint: Path | None
 
 
-Event = Started | Note | Stepped | Measured | Saved | Finished
+Event = Started | Note | Stepped | Sampled | Measured | Saved | Finished
 Listener = Callable[[Event], None]

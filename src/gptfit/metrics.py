@@ -11,10 +11,13 @@ from gptfit.replacing import replacing
 
 NAME = "metrics.jsonl"
 
+# Keys of the lines of steps that were evaluated.
+SOMETIMES = ("val_loss", "val_bpb")
+
 
 def append(folder: Path, record: Stepped) -> None:
     """Adds one line. What is no finite number is null: JSON has no word for it."""
-    plain = {key: finite(value) for key, value in asdict(record).items() if key != "val_loss" or value is not None}
+    plain = {key: finite(value) for key, value in asdict(record).items() if key not in SOMETIMES or value is not None}
     with (folder / NAME).open("a", encoding="utf-8") as file:
         file.write(json.dumps(plain) + "\n")
 

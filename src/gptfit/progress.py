@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from gptfit.events import Event, Finished, Measured, Note, Saved, Started, Stepped
+from gptfit.events import Event, Finished, Measured, Note, Sampled, Saved, Started, Stepped
 from gptfit.units import format_bytes
 
 # Weight of the newest step in the average that the remaining time is reckoned with.
@@ -90,6 +90,8 @@ def step_line(record: Stepped, max_iters: int, remaining_seconds: float) -> str:
     parts = [f"step {record.step}/{max_iters}", f"loss {record.loss:.4f}"]
     if record.val_loss is not None:
         parts.append(f"val loss {record.val_loss:.4f}")
+    if record.val_bpb is not None:
+        parts.append(f"{record.val_bpb:.3f} bits per byte")
     parts += [f"lr {record.lr:.2e}", f"{record.tokens_per_second:,.0f} tokens/s", f"eta {clock(remaining_seconds)}"]
     if record.peak_allocated_bytes is not None:
         parts.append(f"peak {format_bytes(record.peak_allocated_bytes)}")
@@ -107,6 +109,8 @@ def lines(event: Event) -> list[str]:
         ]
     if isinstance(event, Note):
         return [event.text]
+    if isinstance(event, Sampled):
+        return [f"after step {event.step} it writes:", *(f"  {line}" for line in event.text.splitlines())]
     if isinstance(event, Measured):
         return measured_lines(event)
     if isinstance(event, Saved):

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from gptfit import metrics
 from gptfit.errors import GptfitError, nearest
-from gptfit.events import Event, Finished, Listener, Note, Started, Stepped
+from gptfit.events import Event, Finished, Listener, Note, Sampled, Started, Stepped
 
 COLUMNS = tuple(field.name for field in fields(Stepped))
 
@@ -65,6 +65,9 @@ class TensorboardSink:
     def step(self, event: Stepped) -> None:
         for name, value in scalars(event).items():
             self.writer.add_scalar(name, value, event.step)
+
+    def sample(self, event: Sampled) -> None:
+        self.writer.add_text("sample", "\n".join(f"    {line}" for line in event.text.splitlines()), event.step)
 
     def close(self) -> None:
         if self.writer is not None:
@@ -128,6 +131,8 @@ class Logs:
                     sink.start(event)
                 elif isinstance(event, Stepped):
                     sink.step(event)
+                elif isinstance(event, Sampled) and isinstance(sink, TensorboardSink):
+                    sink.sample(event)
             except Exception as error:  # of another's package: anything
                 del self.sinks[name]
                 reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__

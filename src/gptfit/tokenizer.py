@@ -5,6 +5,9 @@ Text goes in as bytes, so that files need not be valid UTF-8 to be trained on; i
 
 import base64
 import binascii
+import hashlib
+import os
+import tempfile
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +24,11 @@ END_OF_TEXT = "<|endoftext|>"
 
 # GPT-2's splitting pattern in tiktoken's faster spelling (tiktoken_ext/openai_public.py, r50k_pat_str).
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+
+# tiktoken_ext/openai_public.py, gpt2
+GPT2_FILES = tuple(
+    f"https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/{name}" for name in ("vocab.bpe", "encoder.json")
+)
 
 GPT2_HINT = (
     "be online once, or set TIKTOKEN_CACHE_DIR to a folder that tiktoken filled, or give the rank file as "
@@ -126,6 +134,30 @@ def get_tokenizer(name: str = "") -> Tokenizer:
         f'unknown tokenizer "{name}"{nearest(name, ("byte", "gpt2"), 1)}',
         "tokenizers are byte, gpt2, and the path of a rank file (gpt2.tiktoken, vocab.bpe)",
     )
+
+
+def token_bytes(name: str) -> np.ndarray | None:
+    """How many bytes of text each id stands for, 0 for an end of text; None where the tokenizer is not here."""
+    if name == "gpt2" and not _gpt2_is_here():
+        return None
+    try:
+        coder = get_tokenizer(name)
+    except GptfitError:
+        return None
+    if isinstance(coder, CharTokenizer):
+        return np.array([len(character.encode()) for character in coder.characters])
+    if isinstance(coder, RankTokenizer):
+        lengths = np.array([len(coder.encoding.decode_single_token_bytes(i)) for i in range(coder.n_vocab)])
+        lengths[coder.end_of_text] = 0
+        return lengths
+    return np.array([1] * 256 + [0])
+
+
+def _gpt2_is_here() -> bool:
+    """Whether tiktoken needs no network for it: its cache holds it under the hash of its address (tiktoken/load.py)."""
+    default = os.path.join(tempfile.gettempdir(), "data-gym-cache")
+    folder = os.environ.get("TIKTOKEN_CACHE_DIR", os.environ.get("DATA_GYM_CACHE_DIR", default))
+    return all(os.path.isfile(os.path.join(folder, hashlib.sha1(url.encode()).hexdigest())) for url in GPT2_FILES)
 
 
 def _gpt2() -> Tokenizer:
