@@ -130,7 +130,7 @@ def printed_sizes(text: str) -> set[int]:
     lines = clean_lines(text)
     ranks = {line.rank for line in lines}
     parts = ["".join(line.text for line in lines if rank in ("", line.rank) or not line.rank) for rank in {"", *ranks}]
-    bare = [re.sub(r"[|*`\"'│]", "", part) for part in parts]
+    bare = [re.sub(r"[|*\\`\"'│]", "", part) for part in parts]
     plain = "\n".join([*(re.sub(r"\s", "", part) for part in bare), *bare]).lower()
     found = re.findall(r"(?=(?<!\d)(\d[\d,]*(?:\.\d+)?)\s?(bytes?|[kmgt]i?b?))", plain)
     sizes: set[int] = set()

@@ -134,7 +134,7 @@ def test_a_model_that_the_text_names_gets_figures_and_what_they_rest_on() -> Non
     assert answer.instant is not None
     rows = {row.name: row.n_bytes for row in answer.instant.rows}
     assert rows["parameters"] == pytest.approx(2 * 1_235_814_400, rel=0.001)  # in bf16; the number is Meta's
-    assert any("Llama 3.2 1B" in warning for warning in answer.warnings)
+    assert any("llama-3.2-1b" in warning for warning in answer.warnings)
     assert any("gptfit's code" in warning for warning in answer.warnings)
 
 

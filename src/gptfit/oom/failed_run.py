@@ -2,13 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from gptfit.config import ModelConfig, RunConfig
-from gptfit.door import read_config
+from gptfit.config import ModelConfig, RunConfig, make_run
 from gptfit.errors import GptfitError
 from gptfit.oom.read import OomFacts
 from gptfit.oom.trainers import trainer_of
-from gptfit.presets import load_preset
+
+if TYPE_CHECKING:
+    from gptfit.door import ConfigSource
 
 MODEL = frozenset(("n_layer", "n_embd"))
 BATCH = frozenset(("batch_size", "block_size"))
@@ -42,36 +44,46 @@ def failed_run(facts: OomFacts, config: str | None = None, overrides: Sequence[s
     Raises GptfitError for a config or an override that cannot be read; what the text tells is only used if it fits.
     """
     if config is not None:
-        return FailedRun(read_config(config, overrides).run, frozenset(), True)
+        return FailedRun(_read(config, overrides).run, frozenset(), True)
     trainer = trainer_of(facts.program)
-    typed = read_config(None, overrides)
-    recognised = {key: value for key, value in facts.config.items() if key not in typed.user_keys}
+    typed = _read(None, overrides) if overrides else None
+    typed_keys = typed.user_keys if typed else frozenset()
+    recognised = {key: value for key, value in facts.config.items() if key not in typed_keys}
     huge = [key for key, value in recognised.items() if isinstance(value, int) and value > MOST.get(key, value)]
     notes = [f"{key}={recognised.pop(key)} is not believed, and not used" for key in huge]
     named = _named(facts.model) if not trainer.exact else {}
-    told = typed.user_keys | recognised.keys() | named.keys()
+    told = typed_keys | recognised.keys() | named.keys()
     if not told & TOLD:
         return None
     known = {**trainer.assumed, **named}
-    values = {**{key: value for key, value in known.items() if key not in typed.user_keys}, **recognised}
+    values = {**{key: value for key, value in known.items() if key not in typed_keys}, **recognised}
     if named:
-        notes.append(f"the shape of the model is that of {load_preset(facts.model).title}, which the text names")
+        notes.append(f"the shape of the model is that of the preset {facts.model}, which the text names")
     if trainer.per_gpu and "gradient_accumulation_steps" in recognised:
         values["gradient_accumulation_steps"] = int(str(values["gradient_accumulation_steps"])) * _gpus(values)
     elif "n_gpus" in recognised and "gradient_accumulation_steps" not in told:
         values["gradient_accumulation_steps"] = _gpus(values)
     if "n_embd" in told and "n_head" not in told:
-        values["n_head"] = heads(int(str(recognised.get("n_embd", typed.run.n_embd))))
+        values["n_head"] = heads(int(str(recognised.get("n_embd") or (typed and typed.run.n_embd))))
     try:
-        run = read_config(None, [*(f"{key}={value}" for key, value in values.items()), *overrides]).run
+        texts = [*(f"{key}={value}" for key, value in values.items()), *overrides]
+        run = _read(None, texts).run if typed else make_run(values)
     except GptfitError as error:
         notes.append(f"the keys that the text tells do not make a run ({error.message}); only what was typed is used")
-        return FailedRun(typed.run, typed.user_keys, False, tuple(notes)) if typed.user_keys & TOLD else None
+        return FailedRun(typed.run, typed_keys, False, tuple(notes)) if typed and typed_keys & TOLD else None
     return FailedRun(run, frozenset(told), False, (*notes, *_assumed(run, told, trainer.assumed, trainer.title)))
+
+
+def _read(config: str | None, overrides: Sequence[str]) -> "ConfigSource":
+    from gptfit.door import read_config  # which reads YAML: a paste alone does without
+
+    return read_config(config, overrides)
 
 
 def _named(model: str) -> dict[str, object]:
     """The shape of a well-known model; how long its texts are is the run's."""
+    from gptfit.presets import load_preset
+
     values = load_preset(model).values if model else {}
     return {key: value for key, value in values.items() if key in ModelConfig.model_fields and key != "block_size"}
 
