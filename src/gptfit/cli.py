@@ -2,6 +2,7 @@
 heavy is imported inside of it. Answers go to stdout, everything else to stderr.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from typing import Annotated, NoReturn
@@ -17,7 +18,6 @@ from gptfit.options import INTERRUPTED, UNANSWERED, YES
 app = typer.Typer(
     name="gptfit",
     rich_markup_mode=None,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
@@ -46,6 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 def _invoke(words: list[str]) -> int:
     command = typer.main.get_command(app)
+    if "_GPTFIT_COMPLETE" in os.environ:  # a shell asks what could come at Tab; this answers and exits
+        command.main(words, "gptfit")
     try:
         with command.make_context("gptfit", words) as context:
             return command.invoke(context) or YES

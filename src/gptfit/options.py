@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from gptfit import completion
 from gptfit.asked import Asked
 from gptfit.errors import GptfitError, nearest
 
@@ -19,11 +20,22 @@ YES, NO, UNANSWERED, INTERRUPTED = 0, 1, 2, 130
 WORDS = {"ignore_unknown_options": True}
 
 # typer wraps the name in brackets and adds dots: [CONFIG] [KEY=VALUE]...
-Words = Annotated[list[str] | None, typer.Argument(metavar="CONFIG] [KEY=VALUE", hidden=True)]
+Words = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="CONFIG] [KEY=VALUE", hidden=True, autocompletion=completion.words),
+]
+LogWords = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="FILE | -] [KEY=VALUE", hidden=True, autocompletion=completion.log_words),
+]
 Gpu = Annotated[
     str | None,
     typer.Option(
-        "--gpu", metavar="NAME", help="The card, as in `gptfit gpus`; auto asks the driver.", show_default=False
+        "--gpu",
+        metavar="NAME",
+        help="The card, as in `gptfit gpus`; auto asks the driver.",
+        show_default=False,
+        autocompletion=completion.gpu,
     ),
 ]
 Reserve = Annotated[
@@ -36,12 +48,25 @@ Risk = Annotated[
 ]
 Program = Annotated[
     str | None,
-    typer.Option("--program", metavar="NAME", help="Whose code runs the step: gptfit or nanogpt.", show_default=False),
+    typer.Option(
+        "--program",
+        metavar="NAME",
+        help="Whose code runs the step: gptfit or nanogpt.",
+        show_default=False,
+        autocompletion=completion.program,
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say more: ignored keys, assumptions.")]
 Config = Annotated[
-    str | None, typer.Option("--config", metavar="CONFIG", help="The config of that run.", show_default=False)
+    str | None,
+    typer.Option(
+        "--config",
+        metavar="CONFIG",
+        help="The config of that run.",
+        show_default=False,
+        autocompletion=completion.config,
+    ),
 ]
 Out = Annotated[str, typer.Option("--out", metavar="DIR", help="The run's folder.")]
 Cards = Annotated[
@@ -51,6 +76,7 @@ Cards = Annotated[
         metavar="NAME",
         help="The card, or several: rtx4070,l4 or all; auto asks the driver.",
         show_default=False,
+        autocompletion=completion.gpus,
     ),
 ]
 Tokens = Annotated[

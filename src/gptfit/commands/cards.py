@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from gptfit import completion
 from gptfit.options import (
     NO,
     YES,
@@ -32,7 +33,10 @@ def models(json: Json = False) -> None:
 
 @app.command()
 def gpus(
-    name: Annotated[str | None, typer.Argument(metavar="NAME", help="One card, each figure with its source.")] = None,
+    name: Annotated[
+        str | None,
+        typer.Argument(metavar="NAME", help="One card, each figure with its source.", autocompletion=completion.gpu),
+    ] = None,
     detect: Annotated[bool, typer.Option("--detect", help="The cards of this machine, and what is free.")] = False,
     json: Json = False,
 ) -> int:

@@ -14,6 +14,7 @@ from gptfit.options import (
     Gpu,
     Json,
     Keep,
+    LogWords,
     Page,
     Price,
     PricePerKwh,
@@ -154,7 +155,7 @@ def estimate(
 @app.command("explain-oom", context_settings=WORDS)
 def explain_oom(
     context: typer.Context,
-    words: Words = None,
+    words: LogWords = None,
     config: Config = None,
     program: Program = None,
     json: Json = False,
