@@ -86,12 +86,15 @@ class Case:
             return self.evaluation_bytes
         return max(self.phases[name] for name in (within or self.phases) if name in self.phases)
 
+    def may_fit(self, room: int) -> bool:
+        """Whether its live peak fits: tensors alone, which takes no replay."""
+        return max(self.phases.values()) + WORKSPACES_BYTES <= room
+
     def fits(self, room: int) -> bool:
         """Whether its steady step fits; replayed where the live peak does not decide."""
-        least = max(self.phases.values()) + WORKSPACES_BYTES
-        if least > room:
+        if not self.may_fit(room):
             return False
-        if least * (1 + CLEAR) <= room:
+        if (max(self.phases.values()) + WORKSPACES_BYTES) * (1 + CLEAR) <= room:
             return True
         if self.soon_reserved_bytes > room:
             return False

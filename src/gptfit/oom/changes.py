@@ -15,6 +15,7 @@ from gptfit.oom.trainers import Trainer, Word, spelled
 
 MiB = 1 << 20
 MOST_PAIRS = 3
+NEAR = 3  # micro-batches below the bound of live bytes that are replayed one by one
 ZEROS = "zero gradient of the returned logits"
 
 Lever = Callable[[Case], Case | None]
@@ -178,15 +179,23 @@ def _micro_batch(failure: Failure, case: Case, words: Sequence[Word]) -> list[Re
         size = max(size for size in sizes if size <= max(1, run.batch_size // 2))
         why = "half the micro-batch; the tokens of a step stay the same"
     else:
-        low, high = -1, len(sizes) - 1
-        while low < high:
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if smaller(sizes[middle]).fits(room) else (low, middle - 1)
-        if low < 0:
+        most = _last(sizes, lambda size: smaller(size).may_fit(room))
+        near = max(0, most - NEAR)
+        size = next((size for size in reversed(sizes[near:most]) if smaller(size).fits(room)), 0)
+        size = size or [0, *sizes][_last(sizes[:near], lambda size: smaller(size).fits(room))]
+        if size == 0:
             return []
-        size = sizes[low]
     after = smaller(size)
     steps = after.run.gradient_accumulation_steps // (run.n_gpus if trainer.per_gpu else 1)
     enough = None if room is None else True
     remedy = failure.remedy([*words, (trainer.batch, why)], after, enough, batch=size, steps=steps)
     return [] if remedy is None else [replace(remedy, micro_batch=0 if words else size)]
+
+
+def _last(sizes: Sequence[int], test: Callable[[int], bool]) -> int:
+    """How many of the sizes pass, the smaller ones first."""
+    low, high = 0, len(sizes)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if test(sizes[middle - 1]) else (low, middle - 1)
+    return low
