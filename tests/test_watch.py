@@ -25,6 +25,7 @@ from gptfit.progress import Progress
 from gptfit.tokenizer import token_bytes
 from gptfit.train import train
 from gptfit.watch import is_spent
+from ranks import Job, train_together
 from test_train import CPU, same, tiny, weights
 from test_train import dataset as dataset
 
@@ -171,3 +172,20 @@ def test_bytes_of_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("tiktoken.get_encoding", lambda name: pytest.fail("it would be downloaded"))
     assert token_bytes("gpt2") is None and token_bytes("nowhere") is None
     assert isinstance(lengths, np.ndarray)
+
+
+def test_two_processes_sample_and_end_together(dataset: Path, tmp_path: Path) -> None:
+    """From the weights of another run, at a rate too small to get better: both see it, and one speaks."""
+    train(tiny(dataset, max_iters=2), tmp_path / "before")
+    keys = {
+        "init_from": str(tmp_path / "before"), "learning_rate": 1e-30, "min_lr": 0.0, "eval_interval": 1, "patience": 2,
+        "sample_interval": 2, "dropout": 0.0,
+    }  # fmt: skip
+    alone = train(tiny(dataset, **keys), tmp_path / "one")
+    job = Job("two", {**tiny(dataset, **keys).model_dump(exclude_unset=True), "n_gpus": 2, "strategy": "ddp"})
+    train_together(tmp_path, 2, [job])
+    assert (alone.step, alone.stopped_by) == (3, "patience")
+    one, two = metrics.read(tmp_path / "one"), metrics.read(tmp_path / "two")
+    assert [e["step"] for e in two] == [1, 2, 3]
+    assert [e["val_bpb"] for e in two] == pytest.approx([e["val_bpb"] for e in one])
+    assert same(weights(tmp_path / "before"), weights(tmp_path / "two"))

@@ -177,7 +177,8 @@ def _set_up(
     start(device, run.seed)
     model = GPT(run).to(device)
     if found is None:
-        notes += start_weights(model, run)
+        with ranks.together():
+            notes += start_weights(model, run)
     with ranks.together():  # what these refuse, they refuse on all ranks
         strategy = share_model(model, run, ranks)
         optimizer = build_optimizer(model, run)
