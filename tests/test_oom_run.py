@@ -5,7 +5,7 @@ import pytest
 from gptfit.config import RunConfig
 from gptfit.oom.frames import Frame
 from gptfit.oom.hints import ShapeHint
-from gptfit.oom.phases import phase_of
+from gptfit.oom.phases import from_frames, phase_of
 from gptfit.oom.read import read_paste
 from gptfit.oom.runkeys import CHOICES, FLAGS, GPT2, INTEGERS, NUMBERS, OTHER_NAMES, PLACES
 from oom_pastes import SITE
@@ -230,3 +230,32 @@ PHASES = (
 @pytest.mark.parametrize(("phase", "rows"), PHASES)
 def test_the_phase_is_that_of_the_work_under_way(phase, rows):
     assert phase_of(frames(*rows)) == phase
+
+
+@pytest.mark.parametrize(
+    ("rows", "told"),
+    [
+        ([("train.py", "<module>", "model(x)"), ("model.py", "forward", "x = self.ln(x)")], {"compile": False}),
+        (
+            [
+                ("train.py", "<module>", "model(x)"),
+                (f"{SITE}/_dynamo/eval_frame.py", "compile_wrapper", "fn(x)"),
+                ("model.py", "forward", "x = self.ln(x)"),  # a graph break
+            ],
+            {"compile": True},
+        ),
+        ([(f"{SITE}/nn/modules/linear.py", "forward", "return F.linear(")], {}),
+        ([("train.py", "<module>", "loss.backward()"), ENGINE], {}),
+        ([(f"{SITE}/optim/adamw.py", "_multi_tensor_adamw", "torch._foreach_sqrt(")], {"optimizer_impl": "foreach"}),
+        ([(f"{SITE}/optim/adam.py", "_single_tensor_adam", "denom = (")], {"optimizer_impl": "for-loop"}),
+    ],
+)
+def test_frames_tell_whether_the_step_was_compiled_and_how_the_optimizer_steps(rows, told):
+    assert from_frames(frames(*rows)) == told
+
+
+def test_what_was_typed_outranks_the_frames():
+    code = '  File "model.py", line 1, in forward\n    x = self.ln(x)\n'
+    text = f"python train.py --compile=True\nTraceback (most recent call last):\n{code}CUDA out of memory."
+    facts = read_paste(text)
+    assert (facts.config["compile"], facts.config_places["compile"]) == (True, "command line")

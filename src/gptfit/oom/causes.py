@@ -89,9 +89,28 @@ def _by_phase(phase: str, tensor: tensors.Tensor | None) -> str:
 
 
 IN_WORDS = {
-    "logits gradient": "gradient of the logits",
-    "cross entropy": "float32 copy of the logits in the loss",
-    "cross entropy gradient": "float32 gradient of the logits in the loss",
+    "logits": "the logits",
+    "logits gradient": "the gradient of the logits",
+    "cross entropy": "the float32 copy of the logits in the loss",
+    "cross entropy gradient": "the float32 gradient of the logits in the loss",
+    "parameter": "a parameter",
+    "parameter gradient": "the gradient of a parameter",
+    "optimizer state": "a part of the optimizer's state",
+    "optimizer temporary": "a temporary of the optimizer",
+    "attention scores": "the scores of an attention",
+    "attention output": "the output of an attention",
+    "mlp activation": "an activation of an MLP",
+    "embedding": "an embedding",
+}
+WHERE = {
+    "unknown": "",
+    "eval": " during evaluation",
+    "model_load": " while the model was moved to the card",
+    "checkpoint": " while a checkpoint was loaded or saved",
+    "data": " while a batch was brought to the card",
+    "compile": " while torch.compile tuned its kernels",
+    "optimizer": " in the optimizer's step",
+    "loss": " in the loss",
 }
 
 
@@ -103,11 +122,9 @@ def summary_of(facts: OomFacts, tensor: tensors.Tensor | None, cause: str) -> st
     if tensor is not None:
         shape = " × ".join(str(size) for size in tensor.shape)
         hedge = {"exact": "", "likely": "probably ", "possible": "possibly "}[tensor.confidence]
-        what = f"{hedge}the {IN_WORDS.get(tensor.name, tensor.name)}" + (f" [{shape}] {tensor.dtype}" if shape else "")
+        what = f"{hedge}{IN_WORDS.get(tensor.name, tensor.name)}" + (f" [{shape}] {tensor.dtype}" if shape else "")
     asked = f" ({format_bytes(facts.tried_bytes)})" if facts.tried_bytes is not None else ""
     if tensor is not None and tensor.name == "logits gradient":
         asked += ", not the logits before the loss"
-    where = {"unknown": "", "eval": " during evaluation", "model_load": " while the model was moved to the card"}.get(
-        facts.phase, f" in {facts.phase}"
-    )
+    where = WHERE.get(facts.phase, f" in {facts.phase}")
     return f"What could not be allocated{where}: {what}{asked}. Why: {cause}."

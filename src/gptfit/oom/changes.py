@@ -71,7 +71,7 @@ BY_PHASE: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "forward": ("batch", "checkpointing", "chunked", "bfloat16", "block"),
         "loss": ("chunked", "batch", "block"),
         "backward": ("batch", "checkpointing", "chunked", "bfloat16", "block"),
-        "optimizer": ("fused", "adamw8bit", "bfloat16"),
+        "optimizer": ("fused", "adamw8bit"),
         "eval": ("eval",),
         "unknown": ("batch", "checkpointing", "chunked"),
         "compile": ("batch", "checkpointing", "chunked"),

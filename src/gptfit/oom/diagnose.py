@@ -114,10 +114,11 @@ def diagnose(facts: OomFacts, failed: FailedRun | None = None, program: str | No
     if case is not None and known and facts.kind in OF_A_TENSOR:
         instant = find_instant(case, facts.phase, tensor, facts.tried_bytes, facts.allocated_bytes, facts.total_bytes)
         if instant is not None and instant.impossible:
-            warnings.append(f"{instant.sentence()}: no figure is computed")
-            case, known, instant = None, False, None
-            if tensor is not None and not tensor.printed:
-                tensor = replace(tensor, confidence="possible")
+            told = "what is saved is computed for these keys all the same" if trainer.exact else "no figure is computed"
+            warnings.append(f"{instant.sentence()}; {told}")
+            case, known, instant = case if trainer.exact else None, False, None
+            if tensor is not None and tensor.confidence == "exact" and not tensor.printed:
+                tensor = replace(tensor, confidence="likely")
     if failed is not None and case is not None:
         warnings += failed.notes
     cause = cause_of(facts, case if known else None, tensor, instant)

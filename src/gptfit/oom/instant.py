@@ -105,7 +105,7 @@ def find_instant(
 ) -> Instant | None:
     """The allocation on the tape of the first or of a steady step that has the size asked for; of several the one
     where as much is alive as is printed, else where most is. None where the tape has none of that size."""
-    if tried_bytes is None:
+    if tried_bytes is None or (phase not in WITHIN and phase != "unknown"):
         return None
     size = -(-tensor.n_bytes // 512) * 512 if tensor is not None and tensor.shape else None
     stretches = WITHIN.get(phase, ())

@@ -154,6 +154,25 @@ def phase_of_text(lines: Sequence[str]) -> str:
     return "unknown"
 
 
+_COMPILED = lazy(r"torchinductor|torch[/\\]_(?:inductor|dynamo|functorch)[/\\]")
+_TORCHS_OWN = lazy(r"[/\\]torch[/\\]|<")
+_IMPLEMENTATION = lazy(r"_(multi_tensor|single_tensor|fused)_adam\w?")
+
+
+def from_frames(frames: Sequence[Frame]) -> dict[str, object]:
+    """What the frames tell of the run: whether the step was compiled, and how the optimizer steps."""
+    found: dict[str, object] = {}
+    if any(_COMPILED.search(frame.file) for frame in frames):
+        found["compile"] = True
+    elif any(_name(frame) == "forward" and not _TORCHS_OWN.search(frame.file) for frame in frames):
+        found["compile"] = False  # the model's own lines run
+    step = next((match for frame in frames if (match := _IMPLEMENTATION.match(_name(frame)))), None)
+    if step is not None:
+        kinds = {"multi_tensor": "foreach", "single_tensor": "for-loop", "fused": "fused"}
+        found["optimizer_impl"] = kinds[step.group(1)]
+    return found
+
+
 def _name(frame: Frame) -> str:
     return frame.function.rpartition(".")[2]
 

@@ -14,7 +14,7 @@ from gptfit.oom.figures import Message, best_of, messages_in, repetitions
 from gptfit.oom.frames import Frame, is_header, read_frames
 from gptfit.oom.hints import ShapeHint, gpu_name, has_adapters, model_name, program_of, shapes_in, torch_version
 from gptfit.oom.kinds import Kind, kind_of
-from gptfit.oom.phases import phase_of, phase_of_text
+from gptfit.oom.phases import from_frames, phase_of, phase_of_text
 from gptfit.oom.runkeys import run_keys
 from gptfit.oom.stream import Stream, logical_lines, squashed, stream_of
 
@@ -118,6 +118,9 @@ def read_paste(text: str) -> OomFacts:
     shapes = shapes_in([*(frame.code for frame in frames), *sources[-2000:]])
     wording = kind.wording or ("" if kind.kind == "not_oom" else _wording(message, paste.stream))
     config, places = _with_shapes(run.values, run.places, shapes)
+    for key, value in from_frames(frames).items():
+        if places.get(key, "code") == "code":
+            config[key], places[key] = value, "frames"
     return OomFacts(
         kind=kind.kind,
         wording=wording,

@@ -11,6 +11,7 @@ from gptfit.oom.pattern import lazy
 # Of two places that tell a key the later one in this list is right: a command line overrides a config file.
 PLACES = (
     "code",
+    "frames",
     "shapes",
     "printed model",
     "printed config",
