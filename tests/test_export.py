@@ -33,12 +33,14 @@ EXPRESSIBLE = {
 
 
 def checkpointed(folder: Path, **keys: Any) -> tuple[RunConfig, GPT]:
-    """A checkpoint in `folder` of a model whose every parameter counts: none is zero or one."""
+    """A checkpoint in `folder` of a model whose every parameter counts: none is zero or one. Small embeddings let
+    the norms' epsilon count too, large matrices the form of the activation."""
     run = make_run({**SMALL, **keys})
     torch.manual_seed(5)
     model = GPT(run)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, mean=0.1, std=0.2)
+    for name, parameter in model.named_parameters():
+        small = "wte" in name or "wpe" in name
+        torch.nn.init.normal_(parameter, mean=0.0 if small else 0.1, std=0.01 if small else 0.4)
     optimizer = build_optimizer(model, run)
     model(*batch()).backward()
     optimizer.step()
@@ -62,20 +64,46 @@ def transformers(monkeypatch: pytest.MonkeyPatch) -> Any:
     return pytest.importorskip("transformers")
 
 
+def difference(folder: Path, ours: GPT, transformers: Any) -> float:
+    """The largest difference between transformers' logits and ours, over the largest of ours."""
+    theirs, told = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, output_loading_info=True, attn_implementation="eager", dtype=torch.float32
+    )
+    assert not any(told[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), told
+    expected = logits(ours.float())
+    with torch.no_grad():
+        return float((theirs.eval()(batch()[0]).logits - expected).abs().max() / expected.abs().max())
+
+
+# Rounding in float32 leaves less, a wrong key of the config more: the test after the next.
+TOLERANCE = 2e-5
+
+
 @pytest.mark.parametrize("name", EXPRESSIBLE)
 def test_transformers_computes_the_same_logits(name: str, tmp_path: Path, transformers: Any, gptfit: Any) -> None:
     _, ours = checkpointed(tmp_path, **EXPRESSIBLE[name])
     done = gptfit("export", "--out", str(tmp_path), "--to", str(tmp_path / "hf"))
     assert done.code == 0 and "step 3" in done.out
-    theirs, told = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "hf", output_loading_info=True, attn_implementation="eager", dtype=torch.float32
-    )
-    assert not any(told[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), told
-    expected = logits(ours.float())
-    with torch.no_grad():
-        assert (theirs.eval()(batch()[0]).logits - expected).abs().max() < 1e-4
-    assert expected.std() > 0.1, "logits that are all alike would agree too"
-    assert theirs.config.eos_token_id == 256
+    assert difference(tmp_path / "hf", ours, transformers) < TOLERANCE
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["eos_token_id"] == 256
+
+
+WRONG = [
+    ("gpt2", {"activation_function": "gelu_new"}),
+    ("gpt2", {"layer_norm_epsilon": 1e-6}),
+    ("gpt2", {"n_head": 2}),
+    ("llama", {"rms_norm_eps": 1e-6}),
+    ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 600.0}, "rope_theta": 600.0}),
+    ("llama", {"hidden_act": "gelu"}),
+]
+
+
+@pytest.mark.parametrize("name, change", WRONG, ids=[next(iter(change)) for _, change in WRONG])
+def test_a_wrong_config_would_be_noticed(name: str, change: dict[str, Any], tmp_path: Path, transformers: Any) -> None:
+    _, ours = checkpointed(tmp_path, **EXPRESSIBLE[name])
+    path = export(tmp_path).files[1]
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    assert difference(tmp_path / "hf", ours, transformers) > 3 * TOLERANCE
 
 
 REFUSED = {
@@ -107,7 +135,8 @@ def test_nanogpt_loads_model_and_optimizer(tmp_path: Path) -> None:
     theirs.load_state_dict(loaded["model"])
     with torch.no_grad():
         got, _ = theirs.eval()(*batch())
-    assert (got - logits(ours)).abs().max() < 1e-4
+    expected = logits(ours)
+    assert (got - expected).abs().max() < TOLERANCE * expected.abs().max()
     assert loaded["config"]["learning_rate"] == run.learning_rate and loaded["iter_num"] == 3
     # model.py, configure_optimizers: matrices, then vectors.
     groups = [[p for p in theirs.parameters() if (p.dim() < 2) == vectors] for vectors in (False, True)]
