@@ -13,6 +13,7 @@ from gptfit.memory.overhead import CUBLAS_HANDLES, UNKNOWN_CARD_CONTEXT_BYTES, c
 from gptfit.memory.reserve import Reserved, replay_run
 from gptfit.memory.step import PROGRAMS, Pieces, pieces, steady_step
 from gptfit.memory.tape import Tape
+from gptfit.memory.whole_run import run_phases
 from gptfit.speed import Speed, predict
 from gptfit.units import format_bytes
 
@@ -139,6 +140,7 @@ class Estimate(Needs):
     flops_per_token: int
     tokens_per_step: int
     eval_allocated_bytes: int
+    run_phases: tuple[tuple[str, int], ...]
     speed: Speed | None
 
     def to_json(self) -> dict[str, object]:
@@ -151,6 +153,7 @@ class Estimate(Needs):
             "flops_per_token": self.flops_per_token,
             "tokens_per_step": self.tokens_per_step,
             "eval": {"allocated_bytes": self.eval_allocated_bytes},
+            "run": [{"name": name, "peak_live_bytes": n_bytes} for name, n_bytes in self.run_phases],
             "speed": None if self.speed is None else speed_json(self.speed),
         }
 
@@ -204,6 +207,7 @@ def estimate(
         saved_for_backward_bytes=parts.saved_bytes,
         phases=tuple((name, n_bytes) for name, n_bytes in steady.phases().items() if name != "setup"),
         eval_allocated_bytes=evaluation_bytes(run, parts) + CUBLAS_HANDLES * workspace_bytes,
+        run_phases=run_phases(run, program, parts),
         speed=predict(run, profile, parts.flops_per_token, program) if profile else None,
         assumptions=(*assumptions(run, program, profile, reserve_bytes), *compiled.assumptions(run, program)),
     )
@@ -272,8 +276,8 @@ def assumptions(run: RunConfig, program: str, profile: GpuProfile | None, reserv
     lines = [
         "the peak is that of a steady step, the second one on: optimizer state exists"
         + (", all gradients are alive during the last micro-steps" if run.micro_steps > 1 else ""),
-        f"reserved is a replay of the first three steps through the caching allocator, expandable segments "
-        f"{'on' if run.expandable_segments else 'off'}",
+        "reserved is a replay of three steps between two evaluations through the caching allocator, expandable "
+        f"segments {'on' if run.expandable_segments else 'off'}",
     ]
     if profile is None:
         lines.append(

@@ -48,7 +48,8 @@ def chunked_cross_entropy(
 
 def full_cross_entropy(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
     """The plain loss on logits that exist: fp32 mean; -1 is ignored."""
-    return F.cross_entropy(logits_NV.float(), targets_N, ignore_index=IGNORE_INDEX)
+    logits_NV = logits_NV.float()  # the name moves on, so that those in low precision are let go before the loss
+    return F.cross_entropy(logits_NV, targets_N, ignore_index=IGNORE_INDEX)
 
 
 def soft_cap(logits: Tensor, cap: float) -> Tensor:

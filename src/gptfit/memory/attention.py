@@ -169,11 +169,14 @@ def math_attention(w: Writer, heads: Heads, name: str, dropout: float = 0.0) -> 
     if k_copy is None:
         k_copy = Tensor(k.storage, k.shape, dtype) if lies_by_head else like_q("k copy")
     products = w.empty(f"{name} scores", "activation", scores, dtype)
-    del scaled
+    saved_products = (q_copy.storage, k_copy.storage) if w.grad_enabled else ()
+    del scaled, q_copy, k_copy
     scores_32 = w.empty(f"{name} scores in float32", "activation", scores, "float32") if low else products
     del products
     probs = w.empty(f"{name} probabilities in float32", "activation", scores, "float32")
     weights = w.empty(f"{name} probabilities", "activation", scores, dtype) if low else probs
+    saved_probs = (probs.storage,) if w.grad_enabled else ()
+    del probs
     masks: list[Tensor] = []
     if dropout > 0 and w.training:
         dropped = w.empty(f"{name} dropped probabilities", "activation", scores, dtype)
@@ -219,15 +222,15 @@ def math_attention(w: Writer, heads: Heads, name: str, dropout: float = 0.0) -> 
 
     k_node = w.record(f"{name} k repeat", (k.node,), (), repeat_backward("k"))
     v_node = w.record(f"{name} v repeat", (v.node,), (), repeat_backward("v"))
-    node = w.record(f"{name} scores", (q.node, k_node), (q_copy.storage, k_copy.storage), scores_backward)
+    node = w.record(f"{name} scores", (q.node, k_node), saved_products, scores_backward)
     node = w.record(f"{name} in float32", (node,), (), raise_backward)
     node = w.record(f"{name} mask", (node,), (), mask_backward)
-    node = w.record(f"{name} softmax", (node,), (probs.storage,), softmax_backward)
+    node = w.record(f"{name} softmax", (node,), saved_probs, softmax_backward)
     node = w.record(f"{name} cast", (node,), (), cast_backward)
     if masks:
         node = w.record(f"{name} dropout", (node,), (masks.pop().storage,), dropout_backward)
     out.node = w.record(f"{name} values", (node, v_node), (weights.storage, v_copy.storage), out_backward)
-    del q_copy, k_copy, v_copy, probs, weights
+    del saved_products, saved_probs, v_copy, weights
     joined: Shape = (b, t, n_head * head_size)
     return join_heads(w, Tensor(out.storage, joined, dtype, out.node), n_head, name)
 

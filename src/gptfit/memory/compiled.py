@@ -27,8 +27,9 @@ class CompiledNanoGPT(Compiled):
             kept.append(w.empty("pos_emb", "activation", (run.block_size, run.n_embd), run.param_dtype))
         return kept
 
-    def forward(self, idx: Tensor, targets: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def forward(self, idx: Tensor, targets: Tensor | None) -> tuple[Tensor, list[Tensor]]:
         w = self.w
+        assert targets is not None, "sampling runs uncompiled"
         self.inputs = [targets, idx]
         final = self.blocks_forward()
         logits, scalars = logits_and_loss(self)
@@ -59,8 +60,9 @@ class CompiledOurs(Compiled):
         run = self.run
         return tables(run.position, run.attention, run.block_size, run.head_size, run.dtype)
 
-    def forward(self, idx: Tensor, targets: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def forward(self, idx: Tensor, targets: Tensor | None) -> tuple[Tensor, list[Tensor]]:
         w, run = self.w, self.run
+        assert targets is not None, "sampling runs uncompiled"
         self.inputs = [targets, idx]
         final = self.blocks_forward()
         if run.loss == "full":

@@ -85,3 +85,13 @@ class NanoGPT(Program):
         loss = ops.cross_entropy(w, ops.cast(w, logits, "float32", "logits as float32"), targets)
         self.cache.clear()
         return loss, [logits]
+
+    def last_logits(self, x: Tensor) -> Tensor:
+        """What forward does without targets: the head on a copy of the last position."""
+        w, run = self.w, self.run
+        x = self.layer_norm(x, "ln_f")
+        last = w.empty("last position", "activation", (run.batch_size, 1, run.n_embd), x.dtype)
+        weight = self.weight("wte.weight", (run.vocab_size, run.n_embd))
+        logits = ops.linear(w, ops.cast(w, last, run.dtype), weight, None, "lm_head", "logits")
+        self.cache.clear()
+        return logits

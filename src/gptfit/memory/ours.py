@@ -53,7 +53,7 @@ class Ours(Program):
             heads = replace(heads, q=q, k=rotate(w, heads.k, "h.*.attn.k rotated"), by_head=True)
             del q
         if run.attention == "math":
-            y = math_attention(w, heads, "h.*.attn.y", run.dropout)
+            y = math_attention(w, heads, "h.*.attn.y", run.dropout if w.training else 0.0)
         else:
             y = flash_attention(w, heads, "h.*.attn.y")
         y = call(self.linear, y, "h.*.attn.c_proj", run.n_embd)
@@ -105,6 +105,18 @@ class Ours(Program):
         if run.logit_softcap:
             logits = soft_cap(w, logits)
         return ops.cross_entropy(w, logits, targets), []
+
+    def last_logits(self, x: Tensor) -> Tensor:
+        """GPT.logits: of a view of the last position."""
+        w, run = self.w, self.run
+        x = call(self.norm, x, "ln_f")
+        name = "wte.weight" if run.tie_embeddings else "lm_head.weight"
+        weight = self.parameter(name, (run.vocab_size, run.n_embd))
+        last = Tensor(x.storage, (run.batch_size, run.n_embd), x.dtype)
+        del x
+        logits = ops.linear(w, last, ops.cast(w, weight, run.dtype), None, "lm_head", "logits")
+        del last
+        return ops.cast(w, soft_cap(w, ops.cast(w, logits, "float32")) if run.logit_softcap else logits, "float32")
 
 
 def soft_cap(w: Writer, logits: Tensor) -> Tensor:

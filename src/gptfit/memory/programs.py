@@ -56,6 +56,10 @@ class Program:
         """The loss, and what forward returns beside it."""
         raise NotImplementedError
 
+    def last_logits(self, x: Tensor) -> Tensor:
+        """Logits of the token after the last one, for sampling."""
+        raise NotImplementedError
+
     def buffers(self) -> list[Buffer]:
         """Tables that live as long as the model and are no parameters."""
         return []
@@ -64,7 +68,8 @@ class Program:
         """What the training loop's variables hold when the next micro-step begins, the loss excepted."""
         return []
 
-    def forward(self, idx: Tensor, targets: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def forward(self, idx: Tensor, targets: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+        """The loss and what is returned beside it; without targets the logits of the next token, for sampling."""
         w, run = self.w, self.run
         w.offload = run.activation_offload and w.grad_enabled
         w.mark("embedding", "forward" if w.training else "evaluation")
@@ -84,7 +89,8 @@ class Program:
         w.mark("head")
         last = [x]
         del x
-        loss, returned = self.head(last.pop(), targets)  # the head alone holds it, and lets go of it
+        # The head alone holds it, and lets go of it.
+        loss, returned = (self.last_logits(last.pop()), []) if targets is None else self.head(last.pop(), targets)
         self.head_nodes = collect(w)
         w.offload = False
         del local

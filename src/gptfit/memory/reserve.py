@@ -1,17 +1,20 @@
-"""From a tape to what the caching allocator holds: the first steps of a run, replayed event for event."""
+"""From a tape to what the caching allocator holds: a short run, replayed event for event."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 
 from gptfit.config import RunConfig
 from gptfit.memory.allocator import AllocatorOptions, Block, CachingAllocator
 from gptfit.memory.overhead import CUBLAS_HANDLES
-from gptfit.memory.step import Pieces, first_steps
-from gptfit.memory.tape import Buffer, Event, Item, Mark, Tape
+from gptfit.memory.step import Pieces
+from gptfit.memory.tape import Buffer, Event, Item, Loop, Mark, Tape
+from gptfit.memory.whole_run import short_run
 
 
 @dataclass(frozen=True, slots=True)
 class Reserved:
-    """Peaks of the replay: block sizes handed out, and segments held."""
+    """Peaks of the replay: block sizes handed out during the steps, and segments held at any time."""
 
     allocated_bytes: int
     reserved_bytes: int
@@ -20,22 +23,45 @@ class Reserved:
 def replay_run(
     run: RunConfig, parts: Pieces, workspace_bytes: int, expandable_segments: bool | None = None
 ) -> Reserved:
-    """Replays evaluation, the first step and two steady ones. `parts` must have been written with kernels."""
+    """Replays a run's start, with an evaluation before and after. `parts` must have been written with kernels."""
     expandable = run.expandable_segments if expandable_segments is None else expandable_segments
-    return replay_tape(with_workspaces(first_steps(run, parts), workspace_bytes), expandable)
+    tape = with_workspaces(short_run(run, parts), workspace_bytes)
+    evaluations = count(parts.evaluation) if run.eval_interval else 0
+    before = count(parts.parameter_items) + count(parts.batch) + evaluations
+    return replay_tape(tape, expandable, before, evaluations)
 
 
-def replay_tape(tape: Tape, expandable_segments: bool) -> Reserved:
-    """A tape through an empty allocator."""
+def replay_tape(tape: Tape, expandable_segments: bool, before: int = 0, after: int = 0) -> Reserved:
+    """A tape through an empty allocator; `before` and `after` events at its ends are no part of the steps."""
     allocator = CachingAllocator(options=AllocatorOptions(expandable_segments=expandable_segments))
     blocks: list[Block | None] = []
     malloc, free = allocator.malloc, allocator.free
-    for sign, serial, buffer in tape.expand():
-        if sign > 0:
-            blocks.append(malloc(buffer.n_bytes) if buffer.n_bytes else None)  # serials count up from 0
-        elif (block := blocks[serial]) is not None:
-            free(block)
-    return Reserved(allocator.peak_allocated_bytes, allocator.peak_reserved_bytes)
+
+    def replay(events: Iterable[tuple[int, int, Buffer]]) -> None:
+        for sign, serial, buffer in events:
+            if sign > 0:
+                blocks.append(malloc(buffer.n_bytes) if buffer.n_bytes else None)  # serials count up from 0
+            elif (block := blocks[serial]) is not None:
+                free(block)
+
+    events = iter(tape.expand())
+    replay(islice(events, before))
+    allocator.peak_allocated_bytes = allocator.allocated_bytes
+    replay(islice(events, count(tape.items) - before - after))
+    allocated_bytes = allocator.peak_allocated_bytes
+    replay(events)
+    return Reserved(allocated_bytes, allocator.peak_reserved_bytes)
+
+
+def count(items: Iterable[Item]) -> int:
+    """Events when expanded."""
+    total = 0
+    for item in items:
+        if isinstance(item, Loop):
+            total += item.n * count(item.body)
+        elif isinstance(item, Event):
+            total += 1
+    return total
 
 
 def with_workspaces(tape: Tape, workspace_bytes: int) -> Tape:

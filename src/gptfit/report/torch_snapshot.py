@@ -16,7 +16,8 @@ from gptfit.gpus import GpuProfile
 from gptfit.memory.allocator import ALLOCATED, UNMAPPED, AllocatorOptions, Block, CachingAllocator
 from gptfit.memory.overhead import cublas_workspace_bytes
 from gptfit.memory.reserve import with_workspaces
-from gptfit.memory.step import first_steps, pieces
+from gptfit.memory.step import pieces
+from gptfit.memory.whole_run import short_run
 from gptfit.memory.tape import Buffer, Tape
 from gptfit.replacing import replacing
 
@@ -30,7 +31,7 @@ def predicted_tape(run: RunConfig, program: str, profile: GpuProfile | None = No
     """What an estimate replays: evaluation, the first step, and two steady ones, with the scratch of kernels."""
     run = under_program(run, program)
     workspace_bytes = cublas_workspace_bytes(profile.compute_capability if profile else None)
-    return with_workspaces(first_steps(run, pieces(run, program, kernels=True)), workspace_bytes)
+    return with_workspaces(short_run(run, pieces(run, program, kernels=True)), workspace_bytes)
 
 
 def write_snapshot(path: str | Path, tape: Tape, expandable_segments: bool) -> None:
