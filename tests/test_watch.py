@@ -64,9 +64,8 @@ def test_cosine_is_nanogpts() -> None:
     "keys, said",
     [
         ({"lr_schedule": "wds"}, "did you mean wsd"),
-        ({"patience": 2, "eval_interval": 0}, "patience 2 counts evaluations"),
+        ({"patience": -1}, "patience=-1"),
         ({"sample_interval": -1}, "sample_interval=-1"),
-        ({"sample_interval": 5, "n_gpus": 2, "strategy": "fsdp"}, "needs the whole model"),
     ],
 )
 def test_bad_keys_are_said(keys: dict[str, Any], said: str) -> None:
@@ -76,8 +75,17 @@ def test_bad_keys_are_said(keys: dict[str, Any], said: str) -> None:
 
 def test_no_key_of_the_trainer_changes_an_estimate() -> None:
     keys = {"lr_schedule": "wsd", "cooldown_iters": 7, "patience": 3, "sample_interval": 9, "init_from": "somewhere"}
-    plain, other = (estimate(make_run({"n_layer": 2, **more}), "gptfit") for more in ({}, keys))
-    assert (plain.live_bytes, plain.reserved_bytes) == (other.live_bytes, other.reserved_bytes)
+    for base in ({"n_layer": 2}, {"n_layer": 2, "eval_interval": 0}, {"n_layer": 2, "n_gpus": 2, "strategy": "fsdp"}):
+        plain, other = (estimate(make_run({**base, **more}), "gptfit") for more in ({}, keys))
+        assert (plain.live_bytes, plain.reserved_bytes) == (other.live_bytes, other.reserved_bytes)
+
+
+def test_what_has_no_effect_is_said(dataset: Path, tmp_path: Path) -> None:
+    events: list[Event] = []
+    run = tiny(dataset, patience=2, eval_interval=0, max_iters=2)
+    assert train(run, tmp_path, on_event=events.append).stopped_by == ""
+    notes = [event.text for event in events if isinstance(event, Note)]
+    assert notes == ["patience=2 has nothing to count: eval_interval is 0"]
 
 
 @pytest.mark.parametrize(

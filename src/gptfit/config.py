@@ -116,12 +116,6 @@ class RunConfig(ModelConfig):
             )
         if self.strategy == "single" and self.n_gpus > 1:
             raise ValueError(f"strategy single is for one GPU, but n_gpus is {self.n_gpus}")
-        if self.strategy == "fsdp" and self.sample_interval:
-            raise ValueError(
-                f"sample_interval {self.sample_interval} needs the whole model on a GPU, not strategy fsdp"
-            )
-        if self.patience and not self.eval_interval:
-            raise ValueError(f"patience {self.patience} counts evaluations, but eval_interval is 0")
         return self
 
     @model_validator(mode="after")
