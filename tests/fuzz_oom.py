@@ -144,10 +144,10 @@ def printed_sizes(text: str) -> set[int]:
 def shown(answer: Diagnosis) -> str:
     """What a person sees at 80 columns."""
     screen = io.StringIO()
-    console = Console(file=screen, width=80, force_terminal=False)
+    console = Console(file=screen, width=80, force_terminal=False, highlight=False, markup=False, emoji=False)
     for part in diagnosis_view(answer):
-        console.print(part, soft_wrap=False)
-    return screen.getvalue()
+        console.print(part, soft_wrap=bool(getattr(part, "no_wrap", False)))
+    return "".join(f"{line.rstrip()}\n" for line in screen.getvalue().splitlines())
 
 
 def judge(text: str) -> list[str]:

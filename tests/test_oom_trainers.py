@@ -17,7 +17,8 @@ CARD += "reserved by PyTorch but unallocated."
 
 
 def failed(frames: str, tried: str, free: str = "1.07 GiB", allocated: str = "22.10 GiB") -> str:
-    process = f"{float(allocated.split()[0]) + 0.4:.2f} GiB"
+    number, unit = free.split()
+    process = f"{23.69 - float(number) / (1024 if unit == 'MiB' else 1):.2f} GiB"  # nothing is held by others
     message = CARD.format(free=free, process=process, allocated=allocated)
     error = f"torch.OutOfMemoryError: CUDA out of memory. Tried to allocate {tried}. {message}"
     return f"Traceback (most recent call last):\n{frames}{error}\n"

@@ -11,7 +11,7 @@ from gptfit.levers import CLEAR
 from gptfit.memory.overhead import CUBLAS_HANDLES, CUBLAS_WORKSPACE_BYTES
 from gptfit.memory.reserve import replay_run, replay_tape, with_workspaces
 from gptfit.memory.step import Pieces, first_steps, pieces, steady_step
-from gptfit.memory.tape import Event, Item, Loop
+from gptfit.memory.tape import Event, Item, Loop, Tape
 
 # Stretches of a step's tape in which a phase of a traceback may be. The loss is taken within forward by most models.
 WITHIN: dict[str, tuple[str, ...]] = {
@@ -63,6 +63,12 @@ class Case:
     @cached_property
     def evaluation_bytes(self) -> int:
         return evaluation_bytes(self.run, self.pieces(whole=True))
+
+    @cached_property
+    def checkpoint_bytes(self) -> int:
+        """Parameters and optimizer state, as a checkpoint has them."""
+        parts = self.pieces()
+        return Tape([*parts.parameter_items, *parts.states]).peak().live_bytes
 
     @cached_property
     def kernels(self) -> Pieces:

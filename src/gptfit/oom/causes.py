@@ -4,6 +4,7 @@ from gptfit.oom import tensors
 from gptfit.oom.case import WORKSPACES_BYTES, Case
 from gptfit.oom.instant import Instant
 from gptfit.oom.read import OomFacts
+from gptfit.oom.remedies import unallocated_bytes
 from gptfit.units import format_bytes
 
 MiB = 1 << 20
@@ -38,9 +39,7 @@ def cause_of(facts: OomFacts, case: Case | None, tensor: tensors.Tensor | None, 
     free = facts.free_bytes or 0
     if tried is not None and others >= 256 * MiB and free + others >= tried:
         return f"other processes hold {format_bytes(others)} of the card; without them this would have fitted"
-    unallocated = facts.reserved_unallocated_bytes
-    if unallocated is None and facts.reserved_bytes is not None and facts.allocated_bytes is not None:
-        unallocated = max(0, facts.reserved_bytes - facts.allocated_bytes)
+    unallocated = unallocated_bytes(facts)
     if tried is not None and unallocated is not None and unallocated >= tried:
         return (
             f"fragmentation: {format_bytes(unallocated)} are reserved and unused, but in pieces smaller than the "

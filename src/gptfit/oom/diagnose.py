@@ -11,7 +11,7 @@ from gptfit.oom import tensors
 from gptfit.oom.case import WITHIN, Case
 from gptfit.oom.causes import cause_of, summary_of
 from gptfit.oom.changes import Failure, run_remedies, worded_remedies
-from gptfit.oom.failed_run import FailedRun, failed_run
+from gptfit.oom.failed_run import BATCH, MODEL, FailedRun, failed_run
 from gptfit.oom.folk import folk_advice
 from gptfit.oom.instant import SLACK, Instant, find_instant
 from gptfit.oom.read import OomFacts, read_paste
@@ -39,7 +39,7 @@ EXACT = frozenset(("unknown", *(name for name, trainer in TRAINERS.items() if tr
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
     """What `gptfit explain-oom` answers. `trainer` is whose code the text is of, `program` whose tape stands for it;
-    `instant` is None where the run is not known, or makes no such tensor."""
+    `instant` is None where the run is not known, or makes no such tensor; `missing` are the sizes that nobody told."""
 
     facts: OomFacts
     tensor: tensors.Tensor | None
@@ -52,7 +52,7 @@ class Diagnosis:
     trainer: str
     recognised: Mapping[str, object]
     instant: Instant | None
-    run_known: bool
+    missing: frozenset[str]
 
     @property
     def words(self) -> str:
@@ -123,7 +123,7 @@ def diagnose(facts: OomFacts, failed: FailedRun | None = None, program: str | No
         warnings += failed.notes
     cause = cause_of(facts, case if known else None, tensor, instant)
     within = instant.within if instant else WITHIN.get(facts.phase, ())
-    remedies = general_remedies(facts)
+    remedies = general_remedies(facts, case.checkpoint_bytes if case is not None and known else None)
     of_run = facts.kind != "not_oom" and facts.phase not in ("model_load", "checkpoint", "data")
     if case is not None and of_run:
         room = _room(facts, trainer, instant) if known else None
@@ -148,7 +148,7 @@ def diagnose(facts: OomFacts, failed: FailedRun | None = None, program: str | No
         trainer=program or (facts.program if facts.program in TRAINERS else "unknown"),
         recognised=dict(facts.config),
         instant=instant,
-        run_known=known,
+        missing=failed.missing if failed else MODEL | BATCH,
     )
 
 

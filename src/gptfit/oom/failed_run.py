@@ -35,7 +35,12 @@ class FailedRun:
     @property
     def model_known(self) -> bool:
         """Whether memory estimated for it says something about the run that failed, and not about GPT-2."""
-        return self.from_file or (self.told >= MODEL | BATCH)
+        return not self.missing
+
+    @property
+    def missing(self) -> frozenset[str]:
+        """The sizes that nobody told."""
+        return frozenset() if self.from_file else (MODEL | BATCH) - self.told
 
 
 def failed_run(facts: OomFacts, config: str | None = None, overrides: Sequence[str] = ()) -> FailedRun | None:

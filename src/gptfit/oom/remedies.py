@@ -1,5 +1,6 @@
 """What the text alone says would help: what else is on the card, pieces that cannot be used, the other memories."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from gptfit.oom.read import OomFacts
@@ -31,43 +32,61 @@ class NotRemedy:
     why: str
 
 
-def general_remedies(facts: OomFacts) -> list[Remedy]:
-    """What follows from the text alone."""
-    found: list[Remedy] = []
-    tried, free, others = facts.tried_bytes or 0, facts.free_bytes or 0, facts.other_processes_bytes or 0
+def unallocated_bytes(facts: OomFacts) -> int | None:
+    """What PyTorch reserved and did not use; torch before 2.1 prints the reserved total instead."""
+    if facts.reserved_unallocated_bytes is None and facts.reserved_bytes is not None and facts.allocated_bytes:
+        return max(0, facts.reserved_bytes - facts.allocated_bytes)
+    return facts.reserved_unallocated_bytes
+
+
+def general_remedies(facts: OomFacts, checkpoint_bytes: int | None = None) -> list[Remedy]:
+    """What follows from the text alone. `checkpoint_bytes` is what a checkpoint of the run has, where it is known."""
     if facts.kind in KIND_REMEDIES:
         return [Remedy(*pair) for pair in KIND_REMEDIES[facts.kind]]
     if facts.kind == "not_oom":
         return []
-    if others >= 256 * MiB:
-        found.append(
-            Remedy(
-                "nvidia-smi, then end what is not needed",
-                f"other processes hold {format_bytes(others)}",
-                others,
-                free + others >= tried,
-            )
-        )
-    unallocated = facts.reserved_unallocated_bytes or 0
-    if tried and unallocated >= max(tried // 2, 256 * MiB):
-        found.append(
-            Remedy(
-                "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True",
-                f"{format_bytes(unallocated)} are reserved but in unusable pieces",
-                unallocated,
-                unallocated + free >= tried,
-            )
-        )
+    found = [*_others(facts), *_fragments(facts)]
     if facts.phase in ("checkpoint", "model_load"):
-        found.append(
-            Remedy(
-                "torch.load(path, map_location='cpu')",
-                "on the card a checkpoint is there a second time, optimizer state included, until it is dropped",
-            )
-        )
+        why = "on the card a checkpoint is there a second time, optimizer state included, until it is dropped"
+        saves = checkpoint_bytes if facts.phase == "checkpoint" else None
+        enough = None if saves is None else saves + (facts.free_bytes or 0) >= (facts.tried_bytes or 0)
+        found.append(Remedy("torch.load(path, map_location='cpu')", why, saves, enough))
     return found
 
 
+def _others(facts: OomFacts) -> Iterator[Remedy]:
+    """Memory that other processes hold: those that the message names, and what nobody accounts for."""
+    free, tried, others = facts.free_bytes or 0, facts.tried_bytes or 0, facts.other_processes_bytes or 0
+    if others >= 256 * MiB:
+        why = f"other processes hold {format_bytes(others)}"
+        yield Remedy("nvidia-smi, then end what is not needed", why, others, free + others >= tried)
+    elif facts.total_bytes and facts.process_bytes and facts.free_bytes is not None:
+        hidden = facts.total_bytes - facts.free_bytes - facts.process_bytes
+        if hidden >= 512 * MiB:
+            why = (
+                f"{format_bytes(hidden)} of the card are neither free nor this process's: a desktop, a browser, "
+                "another container"
+            )
+            yield Remedy("nvidia-smi, then end what is not needed", why, hidden, free + hidden >= tried)
+
+
+def _fragments(facts: OomFacts) -> Iterator[Remedy]:
+    """Expandable segments, where what is reserved and unused would go some way; before torch 2.1 there are none."""
+    unallocated, tried = unallocated_bytes(facts) or 0, facts.tried_bytes or 0
+    if not tried or unallocated < max(tried // 2, 256 * MiB) or facts.kind not in ALLOC_CONF:
+        return
+    old = facts.wording in ("torch<1.4", "torch1.x")
+    name = "PYTORCH_ALLOC_CONF" if facts.wording == "torch2.9" else ALLOC_CONF[facts.kind]
+    setting = "max_split_size_mb:512" if old else "expandable_segments:True"
+    why = f"{format_bytes(unallocated)} are reserved but in pieces that this tensor cannot use"
+    yield Remedy(f"{name}={setting}", why, unallocated, None if old else unallocated + (facts.free_bytes or 0) >= tried)
+
+
+ALLOC_CONF = {
+    "cuda_caching_allocator": "PYTORCH_CUDA_ALLOC_CONF",
+    "per_process_limit": "PYTORCH_CUDA_ALLOC_CONF",
+    "hip": "PYTORCH_HIP_ALLOC_CONF",
+}
 KIND_REMEDIES: dict[str, tuple[tuple[str, str], ...]] = {
     "host_ram": (
         ("fewer DataLoader workers (num_workers=2)", "each worker is a process with its own copy of what it touches"),

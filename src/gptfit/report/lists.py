@@ -16,8 +16,8 @@ from gptfit.report.terminal import (
     commands,
     hanging,
     headline,
-    live_rows,
     margin_text,
+    peak_view,
     table,
     title,
 )
@@ -60,12 +60,11 @@ def models_json(presets: Iterable[tuple["Preset", int]]) -> dict[str, object]:
 def refusal_view(estimate: "Estimate", levers: Sequence["LeverEffect"], asked: "Asked") -> Iterator[RenderableType]:
     """Why `gptfit train` does not start, and what would make the run fit."""
     yield headline(estimate.verdict, margin_text(estimate))
-    yield Text(f"Its peak is in {estimate.phase} ({estimate.op}); the largest of what is alive then:")
-    yield live_rows(estimate, 3)
+    yield from peak_view(estimate)
     enough = [lever for lever in levers if lever.fits]
     yield from levers_view(enough or levers, verbose=False)
     yield from commands(
-        (asked.gptfit("train", {}, "--auto-fit"), f"{asked.gptfit('train', {}, '--force')}    (train it all the same)")
+        (asked.gptfit("train", {}, "--auto-fit"), "# train it all the same", asked.gptfit("train", {}, "--force"))
     )
 
 
@@ -139,9 +138,8 @@ def diagnosis_view(answer: "Diagnosis") -> Iterator[RenderableType]:
         yield title("Read from the text")
         yield table(("", " "), known, right=(" ",))
     yield from (Text(f"note: {warning}", style=QUIET) for warning in answer.warnings)
-    missing = [key for key in ("n_layer", "n_embd", "batch_size", "block_size") if key not in answer.recognised]
-    if missing and not answer.run_known and answer.facts.kind != "not_oom":
-        keys = " ".join(f"{key}={EXAMPLE[key]}" for key in missing)
+    if answer.missing and answer.facts.kind != "not_oom":
+        keys = " ".join(f"{key}={EXAMPLE[key]}" for key in EXAMPLE if key in answer.missing)
         yield from commands((f"gptfit explain-oom FILE {keys}    (says by how much)",))
 
 
@@ -150,9 +148,18 @@ EXAMPLE = {"n_layer": 12, "n_embd": 768, "batch_size": 12, "block_size": 1024}
 
 
 def advice_lines(change: str, effect: str, why: str) -> Iterator[RenderableType]:
-    """A change on a line of its own, to be copied, with its effect; the reason below it."""
-    yield Text(f"  {change}" + (f"    ({effect})" if effect else ""), no_wrap=True)
+    """A change on a line of its own, to be copied, with its effect behind it, or below where it is long; the reason."""
+    parts = [change] if len(change) <= COLUMNS else change.replace(" and ", "\n  and ").split("\n")
+    effect = f"({effect})" if effect else ""
+    if len(parts[-1]) + len(effect) + 6 <= COLUMNS:
+        parts[-1] += f"    {effect}" if effect else ""
+    elif effect:
+        parts.append(f"    {effect}")
+    yield Text("\n".join(f"  {part}" for part in parts), no_wrap=True)
     yield Padding(Text(why, style=QUIET), (0, 0, 0, 6))
+
+
+COLUMNS = 80
 
 
 RIGHT = ("measured", "predicted", "%")
