@@ -11,7 +11,7 @@ import typer
 from typer.exceptions import TyperException
 
 from gptfit import __version__
-from gptfit.commands import cards, check, fit, runs
+from gptfit.commands import cards, check, fit, here, runs
 from gptfit.errors import GptfitError
 from gptfit.options import INTERRUPTED, UNANSWERED, YES
 
@@ -21,7 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-for part in (fit, check, runs, cards):
+for part in (fit, check, runs, cards, here):
     app.add_typer(part.app)
 
 

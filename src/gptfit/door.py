@@ -12,10 +12,12 @@ from typing import Any, Literal
 from gptfit.config import RunConfig, check_key, make_run, shown
 from gptfit.errors import GptfitError
 from gptfit.flatfile import Entry, parse_toml, parse_yaml, read_text
-from gptfit.nanogpt_file import TRAIN_PY, implied, is_harmless, read_nanogpt
+from gptfit.nanogpt_file import TRAIN_PY, NanogptFile, implied, is_harmless, parse_nanogpt, read_nanogpt
 from gptfit.presets import DEFAULT_PRESET, load_preset, preset_names
 from gptfit.scalars import parse_override
 
+# What a config without a file is called.
+PASTED = "pasted.py"
 SUFFIXES = (".yaml", ".yml", ".toml", ".py", ".json")
 
 
@@ -57,28 +59,47 @@ def read_config(config: str | None, overrides: Sequence[str] = ()) -> ConfigSour
     """
     if config is not None and "=" in config and not os.path.lexists(config):
         config, overrides = None, [config, *overrides]
-    typed: dict[str, Any] = {}
+    typed = _typed(overrides)
+    return _source(config or DEFAULT_PRESET, _read(config, frozenset(typed.values)), typed)
+
+
+def read_given(preset: str, overrides: Sequence[str] = (), pasted: str = "") -> ConfigSource:
+    """As `read_config`, for what a stranger may have written: nothing on this machine is read or looked for.
+
+    The run is a preset's, or that of the nanoGPT config whose text is `pasted`. Raises GptfitError, also for a
+    preset or an init_from that is a path.
+    """
+    typed = _typed(overrides)
+    if pasted.strip():
+        return _source(PASTED, _nanogpt(parse_nanogpt(pasted, PASTED, frozenset(typed.values))), typed, files=False)
+    return _source(preset, _Layers(base=load_preset(preset).values, values={}), typed, files=False)
+
+
+def _typed(overrides: Sequence[str]) -> _Layers:
+    values: dict[str, Any] = {}
     other: dict[str, Any] = {}
     texts: dict[str, str] = {}
     for text in overrides:
         key, value = parse_override(text)
         if key in RunConfig.model_fields:
-            typed[key] = value
+            values[key] = value
         elif is_harmless(key):
             other[key] = value
             texts[key] = text.removeprefix("--")
         else:
             check_key(key)
-    layers = _read(config, frozenset(typed))
-    user = {**layers.values, **typed}
-    extra, notes = implied({**layers.other, **other}, user, layers.program)
-    run = make_run({**layers.base, **extra, **user})
+    return _Layers({}, values, other, texts)
+
+
+def _source(name: str, layers: _Layers, typed: _Layers, files: bool = True) -> ConfigSource:
+    user = {**layers.values, **typed.values}
+    extra, notes = implied({**layers.other, **typed.other}, user, layers.program, files)
     return ConfigSource(
-        run=run,
-        name=config or DEFAULT_PRESET,
+        run=make_run({**layers.base, **extra, **user}),
+        name=name,
         user_keys=frozenset(user),
         program=layers.program,
-        ignored={**layers.ignored, **texts},
+        ignored={**layers.ignored, **typed.ignored},
         notes=(*layers.notes, *notes),
     )
 
@@ -100,8 +121,7 @@ def _read(config: str | None, overridden: frozenset[str]) -> _Layers:
     if path.stem in preset_names() and not _exists(path):
         raise GptfitError(f'there is no file "{shown(path, 200)}"; did you mean {path.stem}?', "a preset has no suffix")
     if suffix == ".py":
-        file = read_nanogpt(path, overridden)
-        return _Layers(TRAIN_PY, file.values, file.other, file.ignored, program="nanogpt")
+        return _nanogpt(read_nanogpt(path, overridden))
     text = read_text(path)
     if suffix == ".json":
         from gptfit.huggingface_file import parse_huggingface
@@ -109,6 +129,10 @@ def _read(config: str | None, overridden: frozenset[str]) -> _Layers:
         model = parse_huggingface(text, path.name)
         return _Layers({}, model.values, ignored=model.ignored, notes=model.notes)
     return _flat((parse_toml if suffix == ".toml" else parse_yaml)(text, path.name))
+
+
+def _nanogpt(file: NanogptFile) -> _Layers:
+    return _Layers(TRAIN_PY, file.values, file.other, file.ignored, program="nanogpt")
 
 
 def _exists(path: Path) -> bool:

@@ -94,7 +94,12 @@ def is_harmless(key: str) -> bool:
 
 
 def read_nanogpt(path: Path, overridden: Collection[str] = ()) -> NanogptFile:
-    """The keys of a nanoGPT config file, read as data.
+    """The keys of a nanoGPT config file. Raises GptfitError as `parse_nanogpt`, and for a file that cannot be read."""
+    return parse_nanogpt(read_text(path), path.name, overridden)
+
+
+def parse_nanogpt(text: str, name: str, overridden: Collection[str] = ()) -> NanogptFile:
+    """The keys of a nanoGPT config, read as data; `name` is the file's, for errors.
 
     A key in `overridden` has its value elsewhere, so its expression need not be computable. Raises
     GptfitError with file and line for a key that bears on the run and would need execution, and for an
@@ -103,12 +108,12 @@ def read_nanogpt(path: Path, overridden: Collection[str] = ()) -> NanogptFile:
     """
     from gptfit.pyconst import parse_constants
 
-    source = parse_constants(read_text(path), path.name, {**TRAIN_PY, **OTHER_TRAIN_PY})
+    source = parse_constants(text, name, {**TRAIN_PY, **OTHER_TRAIN_PY})
     values: dict[str, Any] = {}
     other: dict[str, Any] = {}
     ignored: dict[str, str] = {}
     for key, binding in source.bindings.items():
-        where = f"{path.name}:{binding.line}: "
+        where = f"{name}:{binding.line}: "
         if is_harmless(key):
             if not binding.computed and key in RunConfig.model_fields:
                 values[key] = binding.value
@@ -126,16 +131,18 @@ def read_nanogpt(path: Path, overridden: Collection[str] = ()) -> NanogptFile:
         elif key not in source.used and key not in source.local:
             check_key(key, where)
     if not ignored and not any(key in RunConfig.model_fields for key in source.bindings):
-        raise GptfitError(f"{path.name} sets no key of a run", "a nanoGPT config holds lines such as batch_size = 8")
+        raise GptfitError(f"{name} sets no key of a run", "a nanoGPT config holds lines such as batch_size = 8")
     return NanogptFile(values, other, ignored)
 
 
-def implied(other: Mapping[str, Any], values: Mapping[str, Any], program: str) -> tuple[dict[str, Any], list[str]]:
+def implied(
+    other: Mapping[str, Any], values: Mapping[str, Any], program: str, files: bool = True
+) -> tuple[dict[str, Any], list[str]]:
     """What `init_from` and a character-level `dataset` imply, for keys absent from `values`, and notes that say so.
 
     The data set's vocabulary is implied in nanoGPT alone: elsewhere the tokenizer says what it is.
 
-    Raises GptfitError for an init_from of GPT-2 in a size that does not exist.
+    Raises GptfitError for an init_from of GPT-2 in a size that does not exist, and without `files` for a path.
     """
     start = values.get("init_from", other.get("init_from", "scratch"))
     notes: list[str] = []
@@ -145,11 +152,15 @@ def implied(other: Mapping[str, Any], values: Mapping[str, Any], program: str) -
         notes.append("init_from would have to be executed to know; the model is taken to start from scratch")
     if start == "resume":
         notes.append("init_from is resume: the model's shape is taken from the config, not from the checkpoint")
-    if isinstance(start, str) and os.path.isfile(file := os.path.join(start, "config.json")):
+    if not files and start not in (None, "scratch", "resume", *PRETRAINED):
+        raise GptfitError(
+            f'init_from "{shown(start)}" is not read here', f"expected scratch, resume, or {', '.join(PRETRAINED)}"
+        )
+    if files and isinstance(start, str) and os.path.isfile(file := os.path.join(start, "config.json")):
         shape = parse_huggingface(read_text(Path(file)), file).values
         notes.append(f"init_from {start}: its shape")
         return {key: value for key, value in shape.items() if key not in values}, notes
-    if isinstance(start, str) and start.startswith("gpt2") and not os.path.exists(start):
+    if isinstance(start, str) and start.startswith("gpt2") and not (files and os.path.exists(start)):
         if start not in PRETRAINED:
             raise GptfitError(
                 f'unknown init_from "{shown(start)}"{nearest(start, PRETRAINED)}',

@@ -32,11 +32,14 @@ def write_page(path: str | Path, page: Html) -> None:
         file.write(page.encode(errors="replace"))
 
 
-def estimate_page(answer: Estimate, source: "ConfigSource", card: "Card | None", command: str) -> Html:
-    """The page of `gptfit estimate`. `command` is what was typed."""
+def estimate_page(
+    answer: Estimate, source: "ConfigSource", card: "Card | None", command: str, above: Part = None
+) -> Html:
+    """The page of `gptfit estimate`. `command` is what was typed; `above` comes first."""
     profile = card.profile if card else None
     return document(
         f"{run_name(source)}: {margin_text(answer)}",
+        above,
         header(answer.verdict, margin_text(answer), answer),
         figures(answer),
         section("One step", timeline_figure(answer, timeline_of(source.run, answer.program), "Memory of one step")),
@@ -48,11 +51,11 @@ def estimate_page(answer: Estimate, source: "ConfigSource", card: "Card | None",
     )
 
 
-def plan_page(answer: Plan, source: "ConfigSource", card: "Card", command: str) -> Html:
-    """The page of `gptfit plan`."""
+def plan_page(answer: Plan, source: "ConfigSource", card: "Card", command: str, above: Part = None) -> Html:
+    """The page of `gptfit plan`. `command` is what was typed; `above` comes first."""
     best, given = answer.estimate, answer.as_given
     text = margin_text(best) if best else f"no run of this model fits {answer.budget.name}"
-    parts: list[Part] = [header(answer.verdict, text, best)]
+    parts: list[Part] = [above, header(answer.verdict, text, best)]
     if best is not None and answer.run is not None:
         parts += [figures(best), section("One step of the choice", step_figure(best, answer.run))]
         parts.append(section("What was changed", changed(given, best)))

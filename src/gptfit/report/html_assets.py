@@ -60,6 +60,15 @@ button { font: inherit; color: inherit; background: var(--field); border: 1px so
 .bars i { display: block; height: .8em; margin-top: .3em; }
 .bars .less { background: #009e73; justify-self: end; } .bars .more { background: #d55e00; }
 .bars > b { border-right: 1px solid var(--quiet); display: grid; }
+nav a { display: inline-block; padding: .5rem 0; } a { color: inherit; }
+form { margin: .8rem 0 2.5rem; } label { display: block; margin: .9rem 0 .2rem; font-weight: 600; }
+form input, form select, form textarea { width: 100%; font: inherit; color: inherit; background: var(--field);
+  border: 1px solid var(--quiet); border-radius: .3rem; padding: .5rem; }
+form textarea { font: .85rem/1.4 ui-monospace, monospace; resize: vertical; }
+form button { margin: 1rem .6rem 0 0; padding: .6rem 1.2rem; border-color: var(--quiet); cursor: pointer; }
+.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(15rem, 1fr)); gap: 0 1rem; }
+.error { border-left: 4px solid var(--bad); padding: .1rem .8rem; overflow-wrap: anywhere; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; }
 details { margin: .5rem 0; } summary { cursor: pointer; }
 @media (max-width: 40rem) {
   .strip { height: 6.4rem; } .strip span { writing-mode: vertical-rl; padding: .2rem 0; white-space: nowrap; }
