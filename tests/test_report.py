@@ -22,7 +22,9 @@ from gptfit.report.plans import after_plan, delta_text, plan_view
 from gptfit.report.terminal import after_estimate, estimate_view, notes_view, shares
 from gptfit.units import MiB, format_mib
 
-FIGURE = re.compile(r"-?[\d,]+\.\d")
+# A part of the card: its letter in the bar, its name, MiB; two of them may share a line.
+PART = re.compile(r"(?:^| )  ([A-Z=.^#?])  (\S+(?: \S+)*) +([\d,]+\.\d)")
+FIGURE = re.compile(r"-?[\d,]+\.\d$")
 
 
 def shown(*views: Any, width: int = 80) -> str:
@@ -35,14 +37,30 @@ def shown(*views: Any, width: int = 80) -> str:
     return printed.getvalue()
 
 
+def number(text: str) -> float:
+    return float(text.replace(",", ""))
+
+
+def part_figures(text: str) -> dict[str, float]:
+    """The MiB of each part of the card, by its letter."""
+    found = [match.groups() for line in text.splitlines() for match in PART.finditer(line)]
+    assert len({letter for letter, _, _ in found}) == len(found)
+    return {letter: number(figure) for letter, _, figure in found}
+
+
 def figures(text: str) -> dict[str, float]:
-    """The MiB figure of each row, by the row's first words."""
+    """The MiB at the end of each row, by the row's first words."""
     rows = {}
     for line in text.splitlines():
-        found = FIGURE.findall(re.sub(r"\S+ to \S+$", "", line))  # the interval of a figure is not one more
+        found = FIGURE.search(line)
         if line.startswith("  ") and found:
-            rows[re.split(r"\s{2,}", line.strip())[0]] = float(found[-1].replace(",", ""))
+            rows[re.split(r"\s{2,}", line.strip())[0]] = number(found[0])
     return rows
+
+
+def bar_line(text: str) -> str:
+    """The bar: the first line that is letters alone."""
+    return next(line.strip() for line in text.splitlines() if re.fullmatch(r"  [A-Z.#?]{20,}", line))
 
 
 RUNS = st.fixed_dictionaries(
@@ -67,10 +85,20 @@ def test_printed_columns_add_up(values: dict[str, Any], card: str | None) -> Non
     answer = estimate(make_run(values), "gptfit", load_gpu(card) if card else None)
     text = shown(estimate_view(answer))
     process, _, tensors = text.partition("alive then")
-    parts, rows = figures(process), figures(tensors.split("tokens/s")[0])
-    # Each figure is rounded to a tenth.
-    parts.pop("usable on " + (card or ""), None)
-    assert parts.pop("the process") == pytest.approx(sum(parts.values()), abs=0.05 * len(parts) + 0.06)
+    parts, rows = part_figures(process), figures(tensors.split("tokens/s")[0])
+    # Each figure is rounded to a tenth, and parts that would be 0.0 are left out.
+    held = [figure for letter, figure in parts.items() if letter not in "=.^#"]
+    assert parts["="] == pytest.approx(sum(held), abs=0.05 * len(held) + 0.16)
+    if card:
+        free = parts["^"] - parts["="]
+        assert parts.get(".", 0.0) == pytest.approx(max(0.0, free), abs=0.16)
+        assert parts["^"] == pytest.approx(load_gpu(card).total_bytes / MiB, abs=0.06)
+    line = bar_line(text)
+    assert len(line) == 72
+    full = max(parts["="], parts.get("^", 0.0))
+    for letter in set(parts) - {"=", "^"}:
+        assert line.count(letter) == pytest.approx(72 * parts[letter] / full, abs=1.01)
+    assert set(line) <= set(parts)
     total = rows.pop("allocated")
     assert total == pytest.approx(answer.allocated_bytes / MiB, abs=0.06)
     assert len(rows) <= 11

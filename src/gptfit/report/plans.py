@@ -15,9 +15,10 @@ from gptfit.report.terminal import (
     commands,
     hanging,
     headline,
-    live_rows,
     margin_text,
     memory_rows,
+    peak_title,
+    peak_view,
     run_text,
     speed_text,
     table,
@@ -25,7 +26,10 @@ from gptfit.report.terminal import (
 )
 from gptfit.units import format_bytes, format_mib
 
-MAX_CANDIDATES = 5
+MAX_CANDIDATES = 3
+
+# Keys that are too long for a column's head.
+SHORT = {"gradient_accumulation_steps": "accumulation", "activation_checkpointing": "checkpointing"}
 
 # What nanoGPT's train.py takes on its command line, of what a lever changes.
 NANOGPT_KEYS = {"batch_size", "gradient_accumulation_steps", "compile", "dtype", "block_size"}
@@ -42,31 +46,37 @@ def plan_view(plan: Plan, verbose: bool = False) -> Iterator[RenderableType]:
         if best.speed is not None:
             yield Text(f"{speed_text(best.speed)}.")
     if given is not None:
-        word = "fits" if given.verdict == "fits" else "does not fit"
-        yield Text(f"\nAs given, under {given.program}'s code, it {word}: {margin_text(given)}.")
-        yield Text(f"Its peak is in {given.phase} ({given.op}); the largest of what is alive then:")
-        yield live_rows(given, 3)
+        yield from given_view(given, best)
     if best is not None:
-        if given is not None:
-            yield Text("")
-            yield changed_rows(given, best)
-        yield title("Memory at the peak of the choice")
+        yield peak_title(best, " of the choice")
         yield memory_rows(best)
     yield from candidates_view(plan)
     yield from levers_view(plan.levers, verbose)
     yield from (Text(f"note: {note}", style=QUIET) for note in plan.notes)
 
 
-def changed_rows(given: Estimate, best: Estimate) -> RenderableType:
-    """Keys in which the choice differs from the run as given."""
-    rows = [
-        (key, f"{given.config.get(key)}", "→", f"{value}")
-        for key, value in best.config.items()
-        if given.config.get(key) != value
-    ]
+def given_view(given: Estimate, best: Estimate | None) -> Iterator[RenderableType]:
+    """Whether the run fits as it is, why not, and which keys the choice changes."""
+    fits = given.verdict == "fits"
+    words = "fits" if fits else "does not fit"
+    yield Text(f"\nAs given, under {given.program}'s code, it {words}: {margin_text(given, of_card=False)}.")
+    if not fits:
+        yield from peak_view(given)
+    if best is not None:
+        changes = ", ".join(changed(given, best))
+        yield Text(f"Changed: {changes}." if changes else "The run as given is the choice.")
+
+
+def changed(given: Estimate, best: Estimate) -> Iterator[str]:
+    """Keys in which the choice differs from the run as given; evaluation follows the micro-batch."""
     if given.program != best.program:
-        rows.insert(0, ("code", given.program, "→", best.program))
-    return table(("changed", "as given", "", "chosen"), rows) if rows else Text("The run as given is the choice.")
+        yield f"code {given.program} → {best.program}"
+    for key, value in best.config.items():
+        before = given.config.get(key)
+        # Evaluation takes the micro-batch of training, unless it is given its own.
+        follows = key == "eval_batch_size" and before == given.config["batch_size"]
+        if value != before and not follows:
+            yield f"{key} {before} → {value}"
 
 
 def candidates_view(plan: Plan) -> Iterator[RenderableType]:
@@ -75,37 +85,50 @@ def candidates_view(plan: Plan) -> Iterator[RenderableType]:
     if len(shown) < 2:
         return
     keys = [key for key in shown[0].choice if any(other.choice.get(key) != shown[0].choice[key] for other in shown)]
+    # Those of other tokens a step rank lower, however fast.
+    columns = ("reserved", "tokens a step", "tokens/s")
     rows = [
         (
             *(f"{candidate.choice.get(key)}" for key in keys),
             format_bytes(candidate.estimate.reserved_bytes),
+            f"{candidate.estimate.tokens_per_step:,}",
             f"{candidate.estimate.speed.tokens_per_second:,.0f}" if candidate.estimate.speed else "",
         )
         for candidate in shown
     ]
     yield title(f"The best of {plan.n_searched:,} that were searched")
-    yield table((*keys, "reserved", "tokens/s"), rows, right=(*keys, "reserved", "tokens/s"))
+    names = [SHORT.get(key, key) for key in keys]
+    yield table((*names, *columns), rows, right=(*names, *columns))
 
 
 def levers_view(levers: Sequence[LeverEffect], verbose: bool) -> Iterator[RenderableType]:
-    """What each single change would do to the run as given."""
+    """What each single change would do to the run as given; those that do nothing to its memory share a line."""
     if not levers:
         return
     yield title("Single changes to the run as given, each by estimating again")
+    idle = [lever for lever in levers if delta_text(lever.delta_bytes) == "0" and not verbose]
     rows = [
         (
-            change_text(lever.change) + (" *" if lever.changes_numerics else ""),
+            lever_text(lever),
             delta_text(lever.delta_bytes),
-            "" if lever.delta_seconds_pct is None else f"{lever.delta_seconds_pct:+.0f} %",
-            "fits" if lever.fits else "",
+            "" if lever.delta_seconds_pct is None else f"{lever.delta_seconds_pct:+.0f} %".replace("-0", "+0"),
+            "fits" if lever.fits else "does not fit",
         )
         for lever in levers
+        if lever not in idle
     ]
-    yield table(("change", "MiB", "time", " "), rows, right=("MiB", "time"))
-    if any(lever.changes_numerics for lever in levers):
+    if rows:
+        yield table(("change", "MiB", "time", " "), rows, right=("MiB", "time"))
+    if idle:
+        yield hanging(f"no memory is saved by {', '.join(change_text(lever.change) for lever in idle)}")
+    if any(lever.changes_numerics for lever in levers if lever not in idle):
         yield Text("  * changes the numbers of training, not only its memory", style=QUIET)
     if verbose:
         yield from (hanging(f"{change_text(lever.change)}: {lever.why}") for lever in levers)
+
+
+def lever_text(lever: LeverEffect) -> str:
+    return change_text(lever.change) + (" *" if lever.changes_numerics else "")
 
 
 def delta_text(delta_bytes: int) -> str:
@@ -126,7 +149,10 @@ def after_plan(plan: Plan, source: ConfigSource, asked: Asked, saved: str | None
 def next_lines(plan: Plan, source: ConfigSource, asked: Asked, saved: str | None) -> Iterator[str]:
     change = plan.smallest_change
     if source.program == "nanogpt" and change is not None and set(change.change) <= NANOGPT_KEYS:
-        yield f"{asked.nanogpt(change.change)}    (the smallest change that fits)"
+        yield "# the smallest change that fits"
+        yield asked.nanogpt(change.change)
     if plan.choice is not None:
         changes = {key: value for key, value in plan.choice.items() if getattr(source.run, key) != value}
         yield f"gptfit train {saved}" if saved else asked.gptfit("train", changes)
+    else:
+        yield asked.gptfit("plan", {}, "--gpu", "all")

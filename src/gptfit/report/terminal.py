@@ -4,15 +4,17 @@ A view yields what rich prints, 80 columns wide or fewer; `report.output.show` p
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from rich.console import RenderableType
+from rich.columns import Columns
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
 from gptfit.asked import Asked
-from gptfit.estimate import Estimate, Needs, Speed
+from gptfit.estimate import Estimate, Needs, Speed, TensorRow
+from gptfit.report.bars import FREE, OTHERS, Part, StackedBar, card_parts
 from gptfit.units import format_bytes, format_mib
 
 if TYPE_CHECKING:
@@ -25,7 +27,7 @@ VERDICTS = {"fits": ("Fits: ", GOOD), "does_not_fit": ("Does not fit: ", BAD)}
 
 # Rows of a live set: enough for what decides, few enough to be read.
 MAX_ROWS = 10
-BAR_WIDTH = 24
+NARROW = 64
 
 
 def headline(verdict: str | None, text: str, certain: bool | None = True) -> Text:
@@ -36,7 +38,7 @@ def headline(verdict: str | None, text: str, certain: bool | None = True) -> Tex
     return Text.assemble((word, style), text)
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[str] = ()) -> RenderableType:
+def table(columns: Sequence[str], rows: Iterable[Sequence[str | Text]], right: Sequence[str] = ()) -> RenderableType:
     """Indented columns without lines; those in `right` are aligned to the right, the last one wraps."""
     grid = Table(
         box=None,
@@ -48,8 +50,18 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence
     for column in columns:
         grid.add_column(column, justify="right" if column in right else "left", overflow="fold")
     for row in rows:
-        grid.add_row(*(Text(cell) for cell in row))
+        grid.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
     return Padding(grid, (0, 0, 0, 2), expand=False)
+
+
+class ByWidth(NamedTuple):
+    """One thing where there is room for it, another below NARROW columns."""
+
+    wide: RenderableType
+    narrow: RenderableType
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield self.wide if options.max_width >= NARROW else self.narrow
 
 
 def title(text: str) -> Text:
@@ -70,26 +82,29 @@ def hanging(text: str) -> RenderableType:
     return Padding(Text(text), (0, 0, 0, 2))
 
 
-def margin_text(estimate: Needs) -> str:
-    """`10.44 GiB of 11.56 GiB on rtx4070, 1.12 GiB to spare`."""
+def margin_text(estimate: Needs, of_card: bool = True) -> str:
+    """`10.44 GiB of 11.56 GiB on rtx4070, 1.12 GiB to spare`; without `of_card` not of what."""
     budget, margin = estimate.budget, estimate.margin_bytes
+    needed = format_bytes(estimate.process_bytes)
     if budget is None or margin is None:
-        return f"{format_bytes(estimate.process_bytes)} of GPU memory, no card named"
+        return f"{needed} of GPU memory, no card named"
     left = f"{format_bytes(margin)} to spare" if margin >= 0 else f"short by {format_bytes(-margin)}"
-    return f"{format_bytes(estimate.process_bytes)} of {format_bytes(budget.usable_bytes)} on {budget.name}, {left}"
+    return (
+        f"{needed} of {format_bytes(budget.usable_bytes)} on {budget.name}, {left}" if of_card else f"{needed}, {left}"
+    )
 
 
 def run_text(estimate: Estimate) -> str:
     """One line that says which run it is."""
     config = estimate.config
-    shape = f"{config['batch_size']} × {config['block_size']} × {config['gradient_accumulation_steps']}"
+    shape = f"{config['batch_size']} × {config['block_size']} tokens × {config['gradient_accumulation_steps']}"
     words = [f"{config[key]}" for key in ("dtype", "optimizer")]
     words.append("compiled" if config["compile"] else "eager")
     words.append(f"{config['loss']} loss")
     if config["activation_checkpointing"] != "none":
         words.append("checkpointed")
     return (
-        f"{estimate.n_params / 1e6:,.1f} M parameters, {shape} = {estimate.tokens_per_step:,} tokens a step, "
+        f"{estimate.n_params / 1e6:,.1f} M parameters; micro-batch {shape} = {estimate.tokens_per_step:,} a step; "
         f"{', '.join(words)}; {estimate.program}'s code"
     )
 
@@ -103,42 +118,64 @@ def shares(estimate: Needs) -> list[tuple[str, int]]:
     ]
 
 
-def bar(n_bytes: int, of_bytes: int) -> str:
-    return "█" * round(BAR_WIDTH * n_bytes / of_bytes) if of_bytes > 0 else ""
-
-
 def memory_rows(estimate: Needs) -> RenderableType:
-    """The parts of the process with a bar each; a full bar is the usable memory, or the process without a card."""
-    budget = estimate.budget
-    full = max(estimate.process_bytes, budget.usable_bytes if budget else 0)
-    rows = [(name, format_mib(n_bytes), bar(n_bytes, full)) for name, n_bytes in shares(estimate)]
-    low, high = format_mib(estimate.interval.low_bytes), format_mib(estimate.interval.high_bytes)
-    rows.append(("the process", format_mib(estimate.process_bytes), f"{low} to {high}"))
+    """The card as one bar, and its parts, two beside each other where there is room; they add up to the process."""
+    budget, parts = estimate.budget, card_parts(estimate)
+    rows = [part_row(part) for part in parts if part.kind not in (FREE, OTHERS) and format_mib(part.n_bytes) != "0.0"]
+    rows.append((Text("="), "process", format_mib(estimate.process_bytes)))
+    rows += [part_row(part) for part in parts if part.kind is FREE]
     if budget is not None:
-        rows.append((f"usable on {budget.name}", format_mib(budget.usable_bytes), bar(budget.usable_bytes, full)))
+        rows.append((Text("^"), "usable", format_mib(budget.usable_bytes)))
         if budget.reserve_bytes:
-            rows.append(("left to others, --reserve", format_mib(budget.reserve_bytes), ""))
-    return table(("", "MiB", " "), rows, right=("MiB",))
+            rows.append((Text(OTHERS.letter), "others, --reserve", format_mib(budget.reserve_bytes)))
+    half = -(-len(rows) // 2)
+    columns = [table(("", " ", "  "), some, right=("  ",)) for some in (rows[:half], rows[half:])]
+    low, high = format_mib(estimate.interval.low_bytes), format_mib(estimate.interval.high_bytes)
+    return Group(StackedBar(estimate), Columns(columns), hanging(f"Likely range of the process: {low} to {high}."))
+
+
+def part_row(part: Part) -> tuple[Text, str, str]:
+    return Text(part.kind.letter, style=part.kind.style), part.kind.name, format_mib(part.n_bytes)
+
+
+def peak_title(estimate: Needs, of: str = "") -> Text:
+    return title(f"Memory at the peak{of}, in {estimate.phase} ({estimate.op}), MiB")
+
+
+def tensor_rows(rows: Iterable[TensorRow]) -> list[tuple[str, ...]]:
+    return [
+        (row.name, "×".join(map(str, row.shape)), row.dtype, f"{row.count}", format_mib(row.n_bytes)) for row in rows
+    ]
+
+
+def peak_view(estimate: Needs, n: int = 3) -> Iterator[RenderableType]:
+    """Where the peak is, and the `n` largest tensors that are alive then: why a run does not fit."""
+    allocated = f"{format_mib(estimate.allocated_bytes)} MiB allocated"
+    yield Text(f"Its peak, {allocated}, is in {estimate.phase} ({estimate.op}):")
+    yield alive_table(tensor_rows(estimate.tensors[:n]))
+
+
+def alive_table(rows: Sequence[tuple[str, ...]]) -> RenderableType:
+    """Name, shape, dtype, count and MiB; on a narrow terminal the first and the last alone."""
+    right = ("count", "MiB")
+    wide = table(("alive then", "shape", "dtype", "count", "MiB"), rows, right)
+    return ByWidth(wide, table(("alive then", "MiB"), [(row[0], row[-1]) for row in rows], right))
 
 
 def live_rows(estimate: Needs, n: int = MAX_ROWS) -> RenderableType:
     """The `n` largest tensors alive at the peak; a count of 12 is one in each of 12 blocks."""
-    rows = [
-        (row.name, " × ".join(map(str, row.shape)), row.dtype, f"{row.count}", format_mib(row.n_bytes))
-        for row in estimate.tensors[:n]
-    ]
-    rest = estimate.tensors[n:]
+    rows, rest = tensor_rows(estimate.tensors[:n]), estimate.tensors[n:]
     if rest:
         n_bytes = sum(row.n_bytes for row in rest)
         rows.append((f"{len(rest)} more", "", "", f"{sum(row.count for row in rest)}", format_mib(n_bytes)))
     rows.append(("allocated", "", "", "", format_mib(estimate.allocated_bytes)))
-    return table(("alive then", "shape", "dtype", "count", "MiB"), rows, right=("count", "MiB"))
+    return alive_table(rows)
 
 
 def speed_text(speed: Speed) -> str:
     return (
         f"{speed.tokens_per_second:,.0f} tokens/s predicted ({speed.low:,.0f} to {speed.high:,.0f}), "
-        f"{speed.seconds_per_step:.2f} s a step, MFU {speed.mfu:.0%}"
+        f"{speed.seconds_per_step:.2f} s a step, MFU {100 * speed.mfu:.0f} %"
     )
 
 
@@ -146,13 +183,13 @@ def estimate_view(estimate: Estimate, other: Estimate | None = None, verbose: bo
     """One run's memory. `other` is the same run under another program's code."""
     yield headline(estimate.verdict, margin_text(estimate), estimate.certain)
     yield Text(run_text(estimate))
-    yield title(f"Memory at the peak, in {estimate.phase} ({estimate.op})")
+    yield peak_title(estimate)
     yield memory_rows(estimate)
     yield Text("")
     yield live_rows(estimate)
     if estimate.eval_allocated_bytes > estimate.allocated_bytes:
         yield Text(f"\nEvaluation needs more than training: {format_bytes(estimate.eval_allocated_bytes)} allocated.")
-    if estimate.speed is not None:
+    if estimate.speed is not None and estimate.verdict == "fits":
         yield Text(f"\n{speed_text(estimate.speed)}.")
     if other is not None:
         word = {"fits": "fits, ", "does_not_fit": "does not fit, "}.get(other.verdict or "", "")
@@ -162,14 +199,14 @@ def estimate_view(estimate: Estimate, other: Estimate | None = None, verbose: bo
         yield from map(hanging, estimate.assumptions)
 
 
-def after_estimate(estimate: Estimate, asked: Asked) -> Iterator[RenderableType]:
-    """Commands that use the estimate; `asked` is how its run was typed."""
-    yield from commands(next_lines(estimate, asked))
+def after_estimate(estimate: Estimate, asked: Asked, options: Sequence[str] = ()) -> Iterator[RenderableType]:
+    """Commands that use the estimate; `asked` and `options` are how its run was typed, the card aside."""
+    yield from commands(next_lines(estimate, asked, options))
 
 
-def next_lines(estimate: Estimate, asked: Asked) -> Iterator[str]:
+def next_lines(estimate: Estimate, asked: Asked, options: Sequence[str]) -> Iterator[str]:
     gpu = estimate.budget.name if estimate.budget else "rtx4070"
-    yield asked.gptfit("plan", {}, "--gpu", gpu)
+    yield asked.gptfit("plan", {}, "--gpu", gpu, *options)
     if estimate.verdict == "fits" and estimate.program == "gptfit":
         yield asked.gptfit("train")
 
