@@ -150,8 +150,8 @@ def test_no_pattern_takes_more_than_a_line_is_long():
     slow = []
     for pattern in patterns():
         for unit in ("a", "1", "_", " ", "/", "1.", "a.", "a=", "File ", "x.py:1", "[", "--", "|"):
-            short, long = (unit * (length // len(unit)) for length in (4_000, 16_000))
-            if seconds_on(pattern, long) > 0.1:
+            short, long = (unit * (length // len(unit)) for length in (2_000, 8_000))
+            if seconds_on(pattern, long) > 0.05:
                 seconds = [min(seconds_on(pattern, line) for _ in range(3)) for line in (short, long)]
                 if seconds[1] > 10 * seconds[0]:
                     slow.append((pattern.pattern[:60], unit, seconds))

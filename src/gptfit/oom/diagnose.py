@@ -141,14 +141,14 @@ def diagnose(facts: OomFacts, failed: FailedRun | None = None, program: str | No
         tensor=tensor,
         cause=cause,
         summary=summary_of(facts, tensor, cause),
-        remedies=tuple(remedies),
+        remedies=tuple(sorted(remedies, key=lambda remedy: (remedy.enough is False, -(remedy.saves_bytes or 0)))),
         not_remedies=tuple(folk_advice(case, within, remedies)) if facts.kind != "not_oom" else (),
         warnings=tuple(warnings),
         program=trainer.twin,
         trainer=program or (facts.program if facts.program in TRAINERS else "unknown"),
         recognised=dict(facts.config),
         instant=instant,
-        missing=failed.missing if failed else MODEL | BATCH,
+        missing=frozenset() if facts.adapters and not trainer.exact else failed.missing if failed else MODEL | BATCH,
     )
 
 
