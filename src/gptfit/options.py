@@ -58,6 +58,7 @@ Program = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say more: ignored keys, assumptions.")]
+Formulas = Annotated[bool, typer.Option("--formulas", help="Every tensor alive at the peak, as count × shape × bytes.")]
 Config = Annotated[
     str | None,
     typer.Option(

@@ -10,6 +10,7 @@ from gptfit.options import (
     NO,
     YES,
     Json,
+    Verbose,
 )
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ def gpus(
     ] = None,
     detect: Annotated[bool, typer.Option("--detect", help="The cards of this machine, and what is free.")] = False,
     json: Json = False,
+    verbose: Verbose = False,
 ) -> int:
     """The cards that have a profile."""
     from gptfit.gpus import all_gpus, load_gpu, with_measured
@@ -52,7 +54,7 @@ def gpus(
         respond(json, lambda: cards.seen_json(seen), cards.seen_view(seen))
         return YES if seen else NO
     profiles = [load_gpu(name)] if name is not None else [with_measured(card) for card in all_gpus()]
-    view = cards.gpu_view(profiles[0]) if name is not None else cards.gpus_view(profiles)
+    view = cards.gpu_view(profiles[0]) if name is not None else cards.gpus_view(profiles, verbose)
     respond(json, lambda: cards.gpus_json(profiles), view)
     return YES
 

@@ -11,6 +11,7 @@ from gptfit.options import (
     Allow,
     Cards,
     Config,
+    Formulas,
     Gpu,
     Json,
     Keep,
@@ -119,6 +120,7 @@ def estimate(
     risk: Risk = None,
     snapshot: Snapshot = None,
     html: Page = None,
+    formulas: Formulas = False,
     json: Json = False,
     verbose: Verbose = False,
 ) -> int:
@@ -126,6 +128,7 @@ def estimate(
     from gptfit.card import find_card
     from gptfit.door import read_config
     from gptfit.estimate import estimate as make_estimate
+    from gptfit.report.formulas import formulas_view
     from gptfit.report.output import respond
     from gptfit.report.terminal import after_estimate, estimate_view, notes_view
 
@@ -147,8 +150,10 @@ def estimate(
     # A config written for nanoGPT is answered for both programs: its owner may train it with either.
     both = program is None and source.program == "nanogpt" and not json
     other = make_estimate(source.run, "gptfit", *on_card, risk=risk) if both else None
-    view = estimate_view(answer, other, verbose), notes_view(source, card, verbose), after_estimate(answer, asked)
-    respond(json, answer.to_json, *view)
+    live = formulas_view(answer) if formulas else None
+    view = estimate_view(answer, other, verbose, live), notes_view(source, card, verbose)
+    after = after_estimate(answer, asked, options_of(program=program, reserve=reserve))
+    respond(json, answer.to_json, *view, after)
     return NO if answer.verdict == "does_not_fit" else YES
 
 

@@ -4,19 +4,36 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from rich.columns import Columns
 from rich.console import RenderableType
 from rich.text import Text
 
 from gptfit.gpus import GpuProfile
 from gptfit.report.terminal import QUIET, commands, table, title
-from gptfit.units import format_bytes
+from gptfit.units import GiB, format_bytes
 
 if TYPE_CHECKING:
     from gptfit.driver import DriverGpu
 
 
-def gpus_view(profiles: Iterable[GpuProfile]) -> Iterator[RenderableType]:
-    """Cards with the memory that PyTorch sees on them."""
+def gpus_view(profiles: Sequence[GpuProfile], verbose: bool = False) -> Iterator[RenderableType]:
+    """Cards with the memory that PyTorch sees on them, in columns as wide as the terminal; or one a line, in full."""
+    yield Text(f"{len(profiles)} cards, with the GiB that PyTorch sees on each; -v says more", style="bold")
+    if any(card.measured for card in profiles):
+        yield Text("* measured on this machine", style=QUIET)
+    if verbose:
+        yield full_table(profiles)
+    else:
+        widest = max(len(card.name) for card in profiles)
+        entries = [
+            f"{card.name}{'*' if card.measured else ''}".ljust(widest) + f"{card.total_bytes / GiB:.1f}".rjust(6)
+            for card in profiles
+        ]
+        yield Columns(entries, column_first=True, padding=(0, 2))
+    yield from commands(("gptfit gpus rtx4070", "gptfit plan --gpu rtx4070"))
+
+
+def full_table(profiles: Sequence[GpuProfile]) -> RenderableType:
     rows = [
         (
             card.name,
@@ -26,8 +43,7 @@ def gpus_view(profiles: Iterable[GpuProfile]) -> Iterator[RenderableType]:
         )
         for card in profiles
     ]
-    yield table(("name", "memory", "cc", "card"), rows, right=("memory", "cc"))
-    yield from commands(("gptfit gpus rtx4070", "gptfit plan --gpu rtx4070"))
+    return table(("name", "memory", "cc", "card"), rows, right=("memory", "cc"))
 
 
 def gpu_view(profile: GpuProfile) -> Iterator[RenderableType]:
@@ -46,12 +62,13 @@ def figure_text(key: str, value: object) -> str:
     if isinstance(value, int) and key.endswith("_bytes"):
         return format_bytes(value)
     if isinstance(value, float):
-        unit = "bytes/s" if key.endswith("_per_second") else "W" if key.endswith("_watts") else ""
-        return f"{value:.4g} {unit}".rstrip()
+        if key.endswith("_per_second"):
+            return f"{value / 1e9:,.0f} GB/s"
+        return f"{value:.4g} W" if key.endswith("_watts") else f"{value:.4g}"
     if isinstance(value, int):
         return f"{value}"
     rates = dict(value) if isinstance(value, Iterable) else {}
-    return "\n".join(f"{name} {rate:.4g}" for name, rate in rates.items() if rate is not None)
+    return "\n".join(f"{name} {rate / 1e12:,.4g} TFLOP/s" for name, rate in rates.items() if rate is not None)
 
 
 def gpus_json(profiles: Iterable[GpuProfile]) -> dict[str, object]:

@@ -14,7 +14,7 @@ from gptfit.units import format_mib
 # How each category comes about.
 WHY = {
     "parameter": "every weight of the model, in the dtype that the optimizer updates, as long as the run lasts",
-    "optimizer state": "made in the first step and kept: AdamW has two fp32 numbers for each parameter, and its step",
+    "optimizer state": "made in the first step and kept (AdamW: two fp32 numbers for each parameter, and a step)",
     "gradient": "one for each parameter; with accumulation all are alive during the last backward",
     "activation": "what forward keeps for backward, and the low-precision copies of the weights",
     "logits": "micro-batch × block × vocabulary: what the head gives, what the loss keeps of it, and their gradients",
@@ -31,7 +31,11 @@ def formulas_view(needs: Needs) -> Iterator[RenderableType]:
     yield hanging(f"A tensor takes a multiple of {ALIGNMENT_BYTES} bytes; where that is more than its own, it is said.")
     for category, n_bytes in needs.breakdown():
         yield Text(f"\n{category}: {WHY.get(category, '')}".rstrip(": "), style=QUIET)
-        rows = [row_text(row) for row in needs.tensors if row.category == category]
+        of_it = [row for row in needs.tensors if row.category == category]
+        rows = [row_text(row) for row in of_it if format_mib(row.n_bytes) != "0.0"]
+        small_bytes = [row.n_bytes for row in of_it if format_mib(row.n_bytes) == "0.0"]
+        if small_bytes:
+            rows.append((f"{len(small_bytes)} smaller", "", f"{sum(small_bytes):,} B", format_mib(sum(small_bytes))))
         rows.append(("sum", "", "", format_mib(n_bytes)))
         yield table(("", "dtype", "count × [shape] × bytes", "MiB"), rows, right=("MiB",))
     yield Text(f"\n  allocated, the sum of all: {format_mib(needs.allocated_bytes)} MiB")

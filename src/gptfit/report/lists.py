@@ -36,13 +36,13 @@ if TYPE_CHECKING:
 
 
 def models_view(presets: Iterable[tuple["Preset", int]]) -> Iterator[RenderableType]:
-    """Presets with their number of parameters."""
+    """Presets with their number of parameters, smallest first; the shape is layers × width."""
     rows = []
-    for preset, n_params in presets:
+    for preset, n_params in sorted(presets, key=lambda item: item[1]):
         run = preset.run
-        shape = f"{run.n_layer} × {run.n_embd}"
+        shape = f"{run.n_layer}×{run.n_embd}"
         rows.append((preset.name, f"{n_params / 1e6:,.1f} M", shape, f"{run.block_size}", preset.title))
-    yield table(("model", "parameters", "layers × width", "block", "what"), rows, right=("parameters", "block"))
+    yield table(("model", "parameters", "shape", "block", "what"), rows, right=("parameters", "block"))
     yield from commands(("gptfit plan gpt2-medium --gpu rtx4070",))
 
 
@@ -78,7 +78,7 @@ def verification_view(answer: "Verification") -> Iterator[RenderableType]:
         f"({estimated.program}'s code)",
     )
     if answer.differences:
-        yield title("Differences")
+        yield title("Differences in bytes; up to half a per cent of the live peak are allowed")
         rows = [
             (row.name, format_mib(row.estimate_bytes), format_mib(row.traced_bytes), f"{row.delta_bytes:+,}")
             for row in answer.differences
@@ -174,8 +174,21 @@ def _compared(row: "Compared") -> tuple[str, str, str, str]:
     return row.id, measured, predicted, f"{100 * row.error:+.2f}"
 
 
+CLASS_RIGHT = ("rows", "mean", "worst")
+
+
+def _class_row(rows: Sequence["Compared"]) -> tuple[str, ...]:
+    """Rows of one class: their number, the mean and the worst error; of verdicts how many are right."""
+    errors = {row.id: abs(row.error) for row in rows if row.error is not None}
+    if not errors:
+        return rows[0].kind, f"{len(rows)}", "", "", f"{sum(bool(row.right) for row in rows)} right"
+    worst = max(errors, key=lambda name: errors[name])
+    shares = (f"{100 * share:.2f} %" for share in (sum(errors.values()) / len(errors), errors[worst]))
+    return rows[0].kind, f"{len(rows)}", *shares, worst
+
+
 def accuracy_view(answer: "Accuracy", verbose: bool) -> Iterator[RenderableType]:
-    """Whether the gates hold, the errors by class, and the rows."""
+    """Whether the gates hold, the errors of each class; the rows that are outside, or all of them."""
     missed = answer.missed()
     compared = [row for row in answer.rows if row.role != "excluded"]
     word, style = ("Missed: ", BAD) if missed else ("Holds: ", GOOD)
@@ -185,7 +198,10 @@ def accuracy_view(answer: "Accuracy", verbose: bool) -> Iterator[RenderableType]
     if missed:
         yield title("Outside")
         yield from (Text(f"  {line}") for line in missed)
-    for kind in sorted({row.kind for row in compared}):
+    kinds = sorted({row.kind for row in compared})
+    yield title("What is compared, and how far the prediction is off")
+    yield table(("", "rows", "mean", "worst", " "), map(_class_row, map(answer.of_kind, kinds)), right=CLASS_RIGHT)
+    for kind in kinds if verbose else ():
         yield title(kind if kind == "verdict" else f"{kind}: MiB, and the difference in per cent of the measured")
         yield table(("", *RIGHT), [_compared(row) for row in compared if row.kind == kind], right=RIGHT)
     excluded = [row for row in answer.rows if row.role == "excluded"]
@@ -193,7 +209,7 @@ def accuracy_view(answer: "Accuracy", verbose: bool) -> Iterator[RenderableType]
         yield title("Not compared")
         yield table(("row", "why"), [(row.id, row.reason) for row in excluded])
     elif excluded:
-        yield Text(f"{len(excluded)} more are not compared; -v says why", style=QUIET)
+        yield Text(f"\n{len(excluded)} more are not compared; -v says why, and shows each row", style=QUIET)
 
 
 def replay_view(answer: "ReplayResult") -> Iterator[RenderableType]:

@@ -179,14 +179,18 @@ def speed_text(speed: Speed) -> str:
     )
 
 
-def estimate_view(estimate: Estimate, other: Estimate | None = None, verbose: bool = False) -> Iterator[RenderableType]:
-    """One run's memory. `other` is the same run under another program's code."""
+def estimate_view(
+    estimate: Estimate,
+    other: Estimate | None = None,
+    verbose: bool = False,
+    live: Iterable[RenderableType] | None = None,
+) -> Iterator[RenderableType]:
+    """One run's memory. `other` is the same run under another program's code; `live` replaces the largest tensors."""
     yield headline(estimate.verdict, margin_text(estimate), estimate.certain)
     yield Text(run_text(estimate))
     yield peak_title(estimate)
     yield memory_rows(estimate)
-    yield Text("")
-    yield live_rows(estimate)
+    yield from live if live is not None else (Text(""), live_rows(estimate))
     if estimate.eval_allocated_bytes > estimate.allocated_bytes:
         yield Text(f"\nEvaluation needs more than training: {format_bytes(estimate.eval_allocated_bytes)} allocated.")
     if estimate.speed is not None and estimate.verdict == "fits":
