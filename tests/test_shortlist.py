@@ -92,7 +92,8 @@ def test_what_fits_comes_first_then_what_lacks_least() -> None:
 
 
 def test_what_a_card_lacks_is_enough() -> None:
-    """A card with just that much more memory has a run that fits; with a little less it has none."""
+    """A card with just that much more memory has a run that fits; with a tenth less none does, however much the
+    allocator gives back of what it caches."""
     source = read_config("gpt2-xl", ())
     (card,) = find_cards(["gtx1650"], "0")
     (plan,) = shortlist(source, [card]).cards
@@ -103,7 +104,7 @@ def test_what_a_card_lacks_is_enough() -> None:
         return shortlist(source, [type(card)(larger, 0)]).verdict
 
     enough = card.profile.total_bytes + plan.missing_bytes
-    assert verdict(enough) == "fits" and verdict(enough - 1) == "does_not_fit"
+    assert verdict(enough) == "fits" and verdict(round(0.9 * enough)) == "does_not_fit"
 
 
 def test_time_and_cost_rank_as_speed_and_power_do() -> None:

@@ -346,7 +346,7 @@ def test_the_command_finds_a_batch(gptfit: Any, toy: str, monkeypatch: pytest.Mo
 
 def test_importing_the_package_leaves_torch_out_until_it_is_asked_for() -> None:
     script = (
-        "import sys, gptfit; assert 'torch' not in sys.modules; gptfit.trace_step; assert 'torch' in sys.modules;"
+        "import sys, gptfit; assert 'torch' not in sys.modules; gptfit.trace_file; assert 'torch' in sys.modules;"
         "assert callable(gptfit.trace_file) and not hasattr(gptfit, 'trace_nothing')"
     )
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60)

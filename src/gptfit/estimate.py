@@ -1,14 +1,16 @@
 """What a run needs: four figures at the worst instant, and what they consist of."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 
 from gptfit.config import RunConfig, derive
 from gptfit.errors import GptfitError
 from gptfit.gpus import GpuProfile
-from gptfit.interval import Interval, process_interval
-from gptfit.memory import compiled
+from gptfit.interval import Interval, error_class, process_interval
+from gptfit.memory import compiled, sharding
+from gptfit.memory.allocator import OutOfMemory
 from gptfit.memory.overhead import CUBLAS_HANDLES, UNKNOWN_CARD_CONTEXT_BYTES, cublas_workspace_bytes
 from gptfit.memory.reserve import Reserved, replay_run
 from gptfit.memory.step import PROGRAMS, Pieces, pieces, steady_step
@@ -61,6 +63,8 @@ class Needs:
     reserved_bytes: int
     process_bytes: int
     interval: Interval
+    retries: int = 0
+    fits_squeezed: bool = False
     phase: str
     op: str
     tensors: tuple[TensorRow, ...]
@@ -88,7 +92,7 @@ class Needs:
         if self.budget is None:
             return None
         usable_bytes = self.budget.usable_bytes
-        return not self.interval.low_bytes <= usable_bytes < self.interval.high_bytes
+        return self.fits_squeezed or not self.interval.low_bytes <= usable_bytes < self.interval.high_bytes
 
     def breakdown(self) -> list[tuple[str, int]]:
         """Bytes by category at the peak, largest first; sums to `allocated_bytes`."""
@@ -104,6 +108,7 @@ class Needs:
             "margin_bytes": self.margin_bytes,
             "certain": self.certain,
             "interval": self.interval.to_json(),
+            "retries": self.retries,
             "gpu": self.budget.to_json() if self.budget else None,
             "n_params": self.n_params,
             "peak": {
@@ -175,11 +180,14 @@ def estimate(
     profile: GpuProfile | None = None,
     reserve_bytes: int = 0,
     risk: float | None = None,
+    squeeze: bool = True,
 ) -> Estimate:
     """The memory of exactly that run under that program, and whether it fits `profile` beside `reserve_bytes`.
 
-    `risk` is the chance that it needs more than its interval says. Raises GptfitError for an unknown program or what it
-    cannot do, and for a risk that is none.
+    `risk` is the chance that it needs more than its interval says. With `squeeze`, what does not fit as it comes is
+    replayed within what the card has: the allocator gives back what it caches before it gives up.
+
+    Raises GptfitError for an unknown program or what it cannot do, and for a risk that is none.
     """
     run = under_program(run, program)
     parts = pieces(run, program)
@@ -190,17 +198,29 @@ def estimate(
     replayed = replay(run, program, workspace_bytes)  # pyright: ignore[reportArgumentType]  frozen models have a hash
     rows = live_rows(steady, replayed.allocated_bytes, peak.live_bytes, workspace_bytes)
     context_bytes = profile.context_bytes if profile else UNKNOWN_CARD_CONTEXT_BYTES
+    budget = Budget(profile.name, profile.total_bytes, reserve_bytes) if profile else None
+    kind = error_class(run.compile, run.expandable_segments)
+    interval = process_interval(kind, replayed.reserved_bytes, profile, risk)
+    fits_squeezed = False
+    if budget is not None and squeeze:
+        room_bytes = budget.usable_bytes - context_bytes
+        spare_bytes = interval.high_bytes - replayed.reserved_bytes - context_bytes
+        squeezed, fits_squeezed = squeeze_in(run, program, workspace_bytes, replayed, room_bytes, spare_bytes)
+        if squeezed is not replayed:
+            replayed, interval = squeezed, process_interval(kind, squeezed.reserved_bytes, profile, risk)
     return Estimate(
         program=program,
         config=run.model_dump(),
-        budget=Budget(profile.name, profile.total_bytes, reserve_bytes) if profile else None,
+        budget=budget,
         n_params=parts.n_params,
         flops_per_token=parts.flops_per_token,
         tokens_per_step=run.tokens_per_step,
         live_bytes=peak.live_bytes,
         reserved_bytes=replayed.reserved_bytes,
         process_bytes=replayed.reserved_bytes + context_bytes,
-        interval=process_interval("compiled" if run.compile else "eager", replayed.reserved_bytes, profile, risk),
+        interval=interval,
+        retries=replayed.retries,
+        fits_squeezed=fits_squeezed,
         phase=peak.phase,
         op=peak.op,
         tensors=rows,
@@ -209,14 +229,40 @@ def estimate(
         eval_allocated_bytes=evaluation_bytes(run, parts) + CUBLAS_HANDLES * workspace_bytes,
         run_phases=run_phases(run, program, parts),
         speed=predict(run, profile, parts.flops_per_token, program) if profile else None,
-        assumptions=(*assumptions(run, program, profile, reserve_bytes), *compiled.assumptions(run, program)),
+        assumptions=(
+            *assumptions(run, program, profile, reserve_bytes, replayed.retries),
+            *compiled.assumptions(run, program),
+            *sharding.assumptions(run),
+        ),
     )
 
 
 @lru_cache(maxsize=256)
 def replay(run: RunConfig, program: str, workspace_bytes: int) -> Reserved:
     """What the allocator holds: the same on all cards with such workspaces, and most of the time that many take."""
-    return replay_run(run, pieces(run, program, kernels=True), workspace_bytes)
+    return replay_run(run, kernel_pieces(run, program), workspace_bytes)  # pyright: ignore[reportArgumentType]
+
+
+@lru_cache(maxsize=2)
+def kernel_pieces(run: RunConfig, program: str) -> Pieces:
+    return pieces(run, program, kernels=True)
+
+
+def squeeze_in(
+    run: RunConfig, program: str, workspace_bytes: int, free: Reserved, room_bytes: int, spare_bytes: int
+) -> tuple[Reserved, bool]:
+    """What the allocator holds where there are `room_bytes`, and whether `spare_bytes` less would do, too.
+
+    `free` is what it holds where nothing limits it, and the answer where a limit changes nothing or is too tight.
+    """
+    if free.reserved_bytes + spare_bytes <= room_bytes or free.allocated_bytes > room_bytes:
+        return free, False
+    parts = kernel_pieces(run, program)  # pyright: ignore[reportArgumentType]
+    for capacity_bytes, is_sure in ((room_bytes - spare_bytes, True), (room_bytes, False)):
+        with suppress(OutOfMemory):
+            held = replay_run(run, parts, workspace_bytes, capacity_bytes=capacity_bytes)
+            return (held if free.reserved_bytes > room_bytes else free), is_sure
+    return free, False
 
 
 def live_rows(steady: Tape, allocated_bytes: int, live_bytes: int, workspace_bytes: int) -> tuple[TensorRow, ...]:
@@ -271,7 +317,9 @@ def under_program(run: RunConfig, program: str) -> RunConfig:
     return derive(run, **{key: value for key, value in only.items() if getattr(run, key) != value})
 
 
-def assumptions(run: RunConfig, program: str, profile: GpuProfile | None, reserve_bytes: int) -> tuple[str, ...]:
+def assumptions(
+    run: RunConfig, program: str, profile: GpuProfile | None, reserve_bytes: int, retries: int
+) -> tuple[str, ...]:
     """What the figures rest on, in words a reader can object to."""
     lines = [
         "the peak is that of a steady step, the second one on: optimizer state exists"
@@ -279,6 +327,10 @@ def assumptions(run: RunConfig, program: str, profile: GpuProfile | None, reserv
         "reserved is a replay of three steps between two evaluations through the caching allocator, expandable "
         f"segments {'on' if run.expandable_segments else 'off'}",
     ]
+    if retries:
+        lines.append(
+            f"it fits as the allocator gives back what it caches, {retries} times in these steps: that is slow"
+        )
     if profile is None:
         lines.append(
             f"context and libraries outside the allocator: {format_bytes(UNKNOWN_CARD_CONTEXT_BYTES)}, no card named"

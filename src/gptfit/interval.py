@@ -39,6 +39,11 @@ def check_risk(risk: float) -> float:
     return risk
 
 
+def error_class(compiled: bool, expandable: bool) -> str:
+    """The entry of measured/errors.yaml for such a run."""
+    return f"{'compiled' if compiled else 'eager'}, {'expandable' if expandable else 'segments'}"
+
+
 def process_interval(kind: str, reserved_bytes: int, profile: GpuProfile | None, risk: float | None = None) -> Interval:
     """The interval of `reserved_bytes`, of the class `kind`, and the context together.
     The risk is the usual one where it is None.

@@ -292,7 +292,7 @@ class Search:
                 break
             if run.batch_size > limits.get(kind, run.batch_size):
                 continue
-            full = estimate(run, "gptfit", self.profile, self.reserve_bytes, self.risk)
+            full = estimate(run, "gptfit", self.profile, self.reserve_bytes, self.risk, squeeze=False)
             candidate = Candidate(choice, run, full)
             missing = full.interval.high_bytes - self.usable_bytes
             if missing <= 0:

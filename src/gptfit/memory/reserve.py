@@ -14,26 +14,37 @@ from gptfit.memory.whole_run import short_run
 
 @dataclass(frozen=True, slots=True)
 class Reserved:
-    """Peaks of the replay: block sizes handed out during the steps, and segments held at any time."""
+    """Peaks of the replay: block sizes handed out during the steps, and segments held at any time. `retries` counts
+    how often the allocator had to give back what it cached before it got more."""
 
     allocated_bytes: int
     reserved_bytes: int
+    retries: int = 0
 
 
 def replay_run(
-    run: RunConfig, parts: Pieces, workspace_bytes: int, expandable_segments: bool | None = None
+    run: RunConfig,
+    parts: Pieces,
+    workspace_bytes: int,
+    expandable_segments: bool | None = None,
+    capacity_bytes: int | None = None,
 ) -> Reserved:
-    """Replays a run's start, with an evaluation before and after. `parts` must have been written with kernels."""
+    """Replays a run's start, with an evaluation before and after. `parts` must have been written with kernels.
+
+    Raises OutOfMemory where `capacity_bytes` are not enough, whatever is given back.
+    """
     expandable = run.expandable_segments if expandable_segments is None else expandable_segments
     tape = with_workspaces(short_run(run, parts), workspace_bytes)
     evaluations = count(parts.evaluation) if run.eval_interval else 0
     before = count(parts.parameter_items) + count(parts.batch) + evaluations
-    return replay_tape(tape, expandable, before, evaluations)
+    return replay_tape(tape, expandable, before, evaluations, capacity_bytes)
 
 
-def replay_tape(tape: Tape, expandable_segments: bool, before: int = 0, after: int = 0) -> Reserved:
+def replay_tape(
+    tape: Tape, expandable_segments: bool, before: int = 0, after: int = 0, capacity_bytes: int | None = None
+) -> Reserved:
     """A tape through an empty allocator; `before` and `after` events at its ends are no part of the steps."""
-    allocator = CachingAllocator(options=AllocatorOptions(expandable_segments=expandable_segments))
+    allocator = CachingAllocator(capacity_bytes, AllocatorOptions(expandable_segments=expandable_segments))
     blocks: list[Block | None] = []
     malloc, free = allocator.malloc, allocator.free
 
@@ -50,7 +61,7 @@ def replay_tape(tape: Tape, expandable_segments: bool, before: int = 0, after: i
     replay(islice(events, count(tape.items) - before - after))
     allocated_bytes = allocator.peak_allocated_bytes
     replay(events)
-    return Reserved(allocated_bytes, allocator.peak_reserved_bytes)
+    return Reserved(allocated_bytes, allocator.peak_reserved_bytes, allocator.num_alloc_retries)
 
 
 def count(items: Iterable[Item]) -> int:

@@ -17,8 +17,8 @@ from gptfit.memory.allocator import ALLOCATED, UNMAPPED, AllocatorOptions, Block
 from gptfit.memory.overhead import cublas_workspace_bytes
 from gptfit.memory.reserve import with_workspaces
 from gptfit.memory.step import pieces
-from gptfit.memory.whole_run import short_run
 from gptfit.memory.tape import Buffer, Tape
+from gptfit.memory.whole_run import short_run
 from gptfit.replacing import replacing
 
 SEGMENT_ACTIONS = {"S": "segment_alloc", "R": "segment_free", "M": "segment_map", "U": "segment_unmap"}
