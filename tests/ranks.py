@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,10 +33,15 @@ class Job:
 
 def train_together(folder: Path, n: int, jobs: list[Job], timeout: float = 60.0) -> None:
     """Trains `jobs` as `n` processes, in folder/JOB.out; what each rank was told goes to folder/OUT-rankR.json."""
+    as_processes(n, train_jobs, folder, jobs, timeout=timeout)
+
+
+def as_processes(n: int, work: Callable[..., None], *arguments: Any, timeout: float = 60.0) -> None:
+    """work(rank, *arguments) in `n` processes that can talk; fails unless all of them end well and in time."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
-    processes = [CONTEXT.Process(target=work, args=(rank, n, port, folder, jobs)) for rank in range(n)]
+    processes = [CONTEXT.Process(target=start, args=(rank, n, port, work, arguments)) for rank in range(n)]
     for process in processes:
         process.start()
     for process in processes:
@@ -47,13 +53,17 @@ def train_together(folder: Path, n: int, jobs: list[Job], timeout: float = 60.0)
     assert codes == [0] * n, f"exit codes {codes}; None is one that hung"
 
 
-def work(rank: int, n: int, port: int, folder: Path, jobs: list[Job]) -> None:
+def start(rank: int, n: int, port: int, work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
     variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": n, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in variables.items()})
     with joined(launched()):
-        for job in jobs:
-            (folder / f"{job.out}-rank{rank}.json").write_text(json.dumps(trained(job, folder)))
+        work(rank, *arguments)
+
+
+def train_jobs(rank: int, folder: Path, jobs: list[Job]) -> None:
+    for job in jobs:
+        (folder / f"{job.out}-rank{rank}.json").write_text(json.dumps(trained(job, folder)))
 
 
 def trained(job: Job, folder: Path) -> dict[str, Any]:

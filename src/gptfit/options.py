@@ -92,6 +92,10 @@ PricePerKwh = Annotated[
     str | None,
     typer.Option("--price-per-kwh", metavar="P", help="Money for a kWh: what their energy costs.", show_default=False),
 ]
+Gpus = Annotated[
+    int | None,
+    typer.Option("--gpus", metavar="N", min=1, help="Of N such cards together: ddp or fsdp.", show_default=False),
+]
 TokensPerStep = Annotated[
     int | None,
     typer.Option("--tokens-per-step", metavar="N", min=1, help="Tokens of one optimizer step.", show_default=False),

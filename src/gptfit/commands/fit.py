@@ -13,6 +13,7 @@ from gptfit.options import (
     Config,
     Formulas,
     Gpu,
+    Gpus,
     Json,
     Keep,
     LogWords,
@@ -42,6 +43,7 @@ def plan(
     context: typer.Context,
     words: Words = None,
     gpu: Cards = None,
+    gpus: Gpus = None,
     tokens_per_step: TokensPerStep = None,
     allow: Allow = None,
     keep: Keep = None,
@@ -62,11 +64,13 @@ def plan(
     """
     from gptfit.card import need_card
     from gptfit.door import read_config
+    from gptfit.errors import GptfitError
     from gptfit.plan import plan as make_plan
     from gptfit.report.output import respond
     from gptfit.report.plans import after_plan, plan_view
     from gptfit.report.target import target_view
     from gptfit.report.terminal import notes_view
+    from gptfit.several_gpus import plan_on_gpus
     from gptfit.shortlist import several
     from gptfit.target import reach, read_goal
 
@@ -76,6 +80,8 @@ def plan(
     goal = read_goal(tokens, price, price_per_kwh)
     names = several(gpu)
     if names is not None:
+        if gpus is not None:
+            raise GptfitError("--gpus is for one kind of card, and --gpu names several", "name one with --gpu")
         from gptfit.report.shortlist import after_shortlist, shortlist_view
         from gptfit.shortlist import find_cards, shortlist
 
@@ -87,7 +93,10 @@ def plan(
         respond(json, listed.to_json, *view, after_shortlist(listed, asked, options))
         return YES if listed.verdict == "fits" else NO
     card = need_card(gpu, reserve, "plan")
-    answer = make_plan(source, card.profile, card.reserve_bytes, tokens_per_step, allow or (), keep or (), risk)
+    how = card.profile, card.reserve_bytes, tokens_per_step, allow or (), keep or (), risk
+    answer = make_plan(source, *how) if gpus is None else plan_on_gpus(source, gpus, *how)
+    if gpus is not None and answer.run is not None:
+        asked = replace(asked, overrides=(*asked.overrides, f"n_gpus={gpus}", f"strategy={answer.run.strategy}"))
     if save is not None and answer.run is not None:
         from gptfit.door import save_run
 

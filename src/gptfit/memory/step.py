@@ -1,11 +1,11 @@
 """An optimizer step as a tape: micro-steps, clipping, the optimizer; the first step of a run and the steady one."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 
 from gptfit.config import RunConfig, derive
-from gptfit.memory import ops, optimizers
+from gptfit.memory import ops, optimizers, sharding
 from gptfit.memory.autograd import Parameter, Writer
 from gptfit.memory.compiled import CompiledNanoGPT, CompiledOurs
 from gptfit.memory.nanogpt import NanoGPT
@@ -77,7 +77,8 @@ def batch_buffers(run: RunConfig) -> tuple[Buffer, Buffer]:
 
 
 def twin_of(program: str, w: Writer, run: RunConfig) -> Program:
-    return (COMPILED if run.compile else PROGRAMS)[program](w, run)
+    compiled = run.compile and sharding.strategy_of(run) != "fsdp"
+    return (COMPILED if compiled else PROGRAMS)[program](w, run)
 
 
 def pieces(run: RunConfig, program: str, whole: bool = True, kernels: bool = False) -> Pieces:
@@ -89,8 +90,11 @@ def pieces(run: RunConfig, program: str, whole: bool = True, kernels: bool = Fal
     micro: list[list[Item]] = []
     kept: list[Item] = []
     flops = saved = 0
-    for has_kept, has_gradient in ((False, False), (True, False), (True, True)):
-        if (has_gradient and run.micro_steps == 1) or not (has_kept or whole):
+    exist = sharding.gradients_exist(run, program)
+    if exist[0]:
+        micro_step(w, twin, False)  # for its parameters, whose gradients exist before the first micro-step
+    for has_kept, is_later, has_gradient in zip((False, True, True), (False, False, True), exist, strict=True):
+        if (is_later and run.micro_steps == 1) or not (has_kept or whole):
             micro.append([])
             continue
         for param in w.parameters.values():
@@ -104,7 +108,7 @@ def pieces(run: RunConfig, program: str, whole: bool = True, kernels: bool = Fal
     params = list(w.parameters.values())
     left = [] if run.optimizer_in_backward else params  # to be stepped, and with a gradient, after backward
     n_layer = run.n_layer
-    return Pieces(
+    parts = Pieces(
         parameters=tuple(params),
         batch=[Event(1, buffer) for buffer in batch_buffers(run)],
         first_micro=micro[0],
@@ -124,6 +128,32 @@ def pieces(run: RunConfig, program: str, whole: bool = True, kernels: bool = Fal
         saved_bytes=saved,
         n_params=sum(math.prod(p.shape) * p.count for p in params),
     )
+    return shared(run, program, parts)
+
+
+def shared(run: RunConfig, program: str, parts: Pieces) -> Pieces:
+    """The pieces on one of several GPUs."""
+    strategy, params, n_layer = sharding.strategy_of(run), list(parts.parameters), run.n_layer
+    if strategy == "ddp":
+        setup = [*parts.parameter_items, *sharding.bucket_items(params, n_layer)]
+        return replace(parts, parameter_items=setup, zero_grad=[] if program == "gptfit" else parts.zero_grad)
+    if strategy == "fsdp":
+        own, rewritten = sharding.shards(params, run.n_gpus), sharding.Sharded(params, run)
+        tables = [
+            item for item in parts.parameter_items if isinstance(item, Event) and item.buffer.category == "buffer"
+        ]
+        return replace(
+            parts,
+            first_micro=rewritten.micro_step(parts.first_micro, False) if parts.first_micro else [],
+            fresh_micro=rewritten.micro_step(parts.fresh_micro, False),
+            next_micro=rewritten.micro_step(parts.next_micro, True) if parts.next_micro else [],
+            states=optimizers.state_items(own, run),
+            step=optimizers.step_items(own, run),
+            zero_grad=rewritten.zero_grad(),
+            parameter_items=[*optimizers.parameter_items(own, n_layer), *tables],
+            evaluation=rewritten.evaluation(parts.evaluation) if parts.evaluation else [],
+        )
+    return parts
 
 
 def steady_step(run: RunConfig, p: Pieces) -> Tape:
