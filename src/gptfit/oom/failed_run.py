@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from gptfit.config import ModelConfig, RunConfig, make_run
 from gptfit.errors import GptfitError
 from gptfit.oom.read import OomFacts
+from gptfit.oom.sizes import inferred
 from gptfit.oom.trainers import trainer_of
 
 if TYPE_CHECKING:
@@ -57,6 +58,11 @@ def failed_run(facts: OomFacts, config: str | None = None, overrides: Sequence[s
     huge = [key for key, value in recognised.items() if isinstance(value, int) and value > MOST.get(key, value)]
     notes = [f"{key}={recognised.pop(key)} is not believed, and not used" for key in huge]
     named = _named(facts.model) if not trainer.exact else {}
+    typed_values = {key: getattr(typed.run, key) for key in typed_keys} if typed else {}
+    products = inferred(facts, {**named, **recognised, **typed_values})
+    if products:
+        notes.append(f"told by their product: {' '.join(f'{key}={value}' for key, value in products.items())}")
+    recognised |= products
     told = typed_keys | recognised.keys() | named.keys()
     if not told & TOLD:
         return None

@@ -126,7 +126,7 @@ SAYINGS: tuple[tuple[str, str, re.Pattern[str]], ...] = (
     ("block_size", "printed model", lazy(r"\((?:wpe|pos_emb\w{0,10})\): Embedding\((\d{1,7}), ")),
 )
 _N_PARAMS = lazy(
-    r"number of parameters: ([\d.]{1,12})\s?([MB])|(?:with|params:?|parameters:?) ([\d,]{7,18}) ?(?:parameters)?"
+    r"number of parameters: ([\d.]{1,12})\s?([MB])|(?:with|params:?|parameters(?::| =)?) ([\d,]{7,18}) ?(?:parameters)?"
 )
 _TOKENS = lazy(r"tokens per iteration will be: ([\d,]{1,15})|Total train batch size[^=]{0,80}= ([\d,]{1,9})")
 _PRETRAINED = lazy(
