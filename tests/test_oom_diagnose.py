@@ -242,3 +242,27 @@ def test_a_foreach_optimizer_is_answered_by_the_fused_one() -> None:
     fused = change_of(text, "torch.optim.AdamW(..., fused=True)", "n_layer=12", "n_embd=768", "batch_size=2")
     n_matrices = 50304 * 768 + 1024 * 768 + 12 * 12 * 768 * 768
     assert fused.saves_bytes == pytest.approx(4 * n_matrices, rel=1e-3)  # a list as large as the parameters
+
+
+EVALUATION = """Traceback (most recent call last):
+  File "/home/me/gptfit/train.py", line 301, in train
+    losses = evaluate(model)
+  File "/home/me/gptfit/train.py", line 90, in evaluate
+    logits = self.lm_head(x)
+torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 4.00 GiB. GPU 0 has a total capacity of 5.00 GiB of \
+which 1.50 GiB is free. Including non-PyTorch memory, this process has 3.50 GiB memory in use. Of the allocated \
+memory 3.00 GiB is allocated by PyTorch, and 100.00 MiB is reserved by PyTorch but unallocated.
+"""
+
+
+def test_an_evaluation_gets_a_batch_of_its_own() -> None:
+    keys = ("n_layer=12", "n_embd=768", "batch_size=2", "block_size=1024", "eval_batch_size=64", "loss=full")
+    text = "gptfit train\n" + EVALUATION
+    failed = failed_run(read_paste(text), None, keys)
+    assert failed is not None
+    best = change_of(text, "eval_batch_size=", *keys)
+    size = int(best.change.partition("=")[2])
+    sizes = [estimate(derive(failed.run, eval_batch_size=n), "gptfit").eval_allocated_bytes for n in (size, size + 1)]
+    assert best.enough
+    assert 1 < size < 64
+    assert sizes[0] <= fitting_bytes(text) < 1.1 * sizes[1]

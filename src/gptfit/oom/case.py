@@ -92,16 +92,20 @@ class Case:
             return self.evaluation_bytes
         return max(self.phases[name] for name in (within or self.phases) if name in self.phases)
 
-    def may_fit(self, room: int) -> bool:
-        """Whether its live peak fits: tensors alone, which takes no replay."""
-        return max(self.phases.values()) + WORKSPACES_BYTES <= room
+    def least_bytes(self, within: tuple[str, ...]) -> int:
+        """What tensors and workspaces take at the worst instant of a step, and of an evaluation if that failed."""
+        step = max(self.phases.values())
+        return max(step, self.evaluation_bytes if within == WITHIN["eval"] else 0) + WORKSPACES_BYTES
 
-    def fits(self, room: int) -> bool:
-        """Whether its steady step fits; replayed where the live peak does not decide."""
-        if not self.may_fit(room):
-            return False
-        if (max(self.phases.values()) + WORKSPACES_BYTES) * (1 + CLEAR) <= room:
-            return True
+    def may_fit(self, room: int, within: tuple[str, ...] = ()) -> bool:
+        """Whether its live peak fits: tensors alone, which takes no replay."""
+        return self.least_bytes(within) <= room
+
+    def fits(self, room: int, within: tuple[str, ...] = ()) -> bool:
+        """Whether it fits; replayed where the live peak does not decide."""
+        least = self.least_bytes(within)
+        if least > room or least * (1 + CLEAR) <= room:
+            return least <= room
         if self.soon_reserved_bytes > room:
             return False
         return self.soon_reserved_bytes * (1 + LATER) <= room or self.reserved_bytes <= room

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 from types import MappingProxyType
 
+from gptfit.config import derive
 from gptfit.levers import with_micro_batch
 from gptfit.memory.tape import Event, Loop
 from gptfit.oom.case import WITHIN, Case
@@ -129,7 +130,7 @@ class Failure:
         if saves < MiB:
             return None
         if self.room is not None and enough is None:
-            enough = after.fits(self.room)
+            enough = after.fits(self.room, self.within)
         texts = [spelled(word, **sizes) for word in words]
         change, why = " and ".join(change for change, _ in texts), "; ".join(why for _, why in texts)
         return Remedy(change, why, saves, enough)
@@ -154,7 +155,7 @@ def _pairs(failure: Failure, cases: Mapping[str, Case], room: int) -> list[Remed
     found: list[Remedy] = []
     for first, second in combinations(cases, 2):
         both = LEVERS[second](cases[first])
-        if both is not None and both.fits(room):
+        if both is not None and both.fits(room, failure.within):
             remedy = failure.remedy([words[first], words[second]], both, True)
             found += [remedy] if remedy else []
     for name, after in cases.items():
@@ -163,33 +164,37 @@ def _pairs(failure: Failure, cases: Mapping[str, Case], room: int) -> list[Remed
 
 
 def _micro_batch(failure: Failure, case: Case, words: Sequence[Word]) -> list[Remedy]:
-    """The largest micro-batch of `case` that fits, tokens a step kept; half of it where the room is not known.
-    `words` are those of the change that made `case`."""
-    run, trainer, room = case.run, failure.trainer, failure.room
+    """The largest micro-batch of `case` that fits, tokens a step kept; half of it where the room is not known. Where
+    an evaluation failed it is that of the evaluation. `words` are those of the change that made `case`."""
+    run, trainer, room, within = case.run, failure.trainer, failure.room, failure.within
+    evaluates = within == WITHIN["eval"] and trainer.twin == "gptfit"
+    batch_size = run.eval_batch_size if evaluates else run.batch_size
     tokens = run.batch_size * run.gradient_accumulation_steps
-    sizes = [size for size in range(1, run.batch_size) if not trainer.divides or tokens % size == 0]
+    sizes = [size for size in range(1, batch_size) if not trainer.divides or tokens % size == 0]
     if not sizes:
         return []
 
     def smaller(size: int) -> Case:
-        return Case(with_micro_batch(run, size), case.program, case.without, case.extra_bytes * size // run.batch_size)
+        other = derive(run, eval_batch_size=size) if evaluates else with_micro_batch(run, size)
+        return Case(other, case.program, case.without, case.extra_bytes * other.batch_size // run.batch_size)
 
     why = "the largest micro-batch that fits here; the tokens of a step stay the same"
     if room is None:
-        size = max(size for size in sizes if size <= max(1, run.batch_size // 2))
+        size = max(size for size in sizes if size <= max(1, batch_size // 2))
         why = "half the micro-batch; the tokens of a step stay the same"
     else:
-        most = _last(sizes, lambda size: smaller(size).may_fit(room))
+        most = _last(sizes, lambda size: smaller(size).may_fit(room, within))
         near = max(0, most - NEAR)
-        size = next((size for size in reversed(sizes[near:most]) if smaller(size).fits(room)), 0)
-        size = size or [0, *sizes][_last(sizes[:near], lambda size: smaller(size).fits(room))]
+        size = next((size for size in reversed(sizes[near:most]) if smaller(size).fits(room, within)), 0)
+        size = size or [0, *sizes][_last(sizes[:near], lambda size: smaller(size).fits(room, within))]
         if size == 0:
             return []
     after = smaller(size)
     steps = after.run.gradient_accumulation_steps // (run.n_gpus if trainer.per_gpu else 1)
+    word = trainer.words["eval"] if evaluates else (trainer.batch, why)
     enough = None if room is None else True
-    remedy = failure.remedy([*words, (trainer.batch, why)], after, enough, batch=size, steps=steps)
-    return [] if remedy is None else [replace(remedy, micro_batch=0 if words else size)]
+    remedy = failure.remedy([*words, word], after, enough, batch=size, steps=steps)
+    return [] if remedy is None else [replace(remedy, micro_batch=0 if words or evaluates else size)]
 
 
 def _last(sizes: Sequence[int], test: Callable[[int], bool]) -> int:
