@@ -8,7 +8,7 @@ from functools import lru_cache
 from gptfit.config import RunConfig, derive
 from gptfit.errors import GptfitError
 from gptfit.gpus import GpuProfile
-from gptfit.interval import Interval, error_class, process_interval
+from gptfit.interval import Interval, process_interval
 from gptfit.memory import compiled, sharding
 from gptfit.memory.allocator import OutOfMemory
 from gptfit.memory.overhead import CUBLAS_HANDLES, UNKNOWN_CARD_CONTEXT_BYTES, cublas_workspace_bytes
@@ -199,15 +199,16 @@ def estimate(
     rows = live_rows(steady, replayed.allocated_bytes, peak.live_bytes, workspace_bytes)
     context_bytes = profile.context_bytes if profile else UNKNOWN_CARD_CONTEXT_BYTES
     budget = Budget(profile.name, profile.total_bytes, reserve_bytes) if profile else None
-    kind = error_class(run.compile, run.expandable_segments)
-    interval = process_interval(kind, replayed.reserved_bytes, profile, risk)
+    other = None if run.expandable_segments else replay(run, program, workspace_bytes, starts_with_evaluation=False)  # pyright: ignore[reportArgumentType]
+    other_bytes = None if other is None else other.reserved_bytes
+    interval = process_interval(run.compile, replayed.reserved_bytes, profile, risk, other_bytes)
     fits_squeezed = False
     if budget is not None and squeeze:
         room_bytes = budget.usable_bytes - context_bytes
         spare_bytes = interval.high_bytes - replayed.reserved_bytes - context_bytes
         squeezed, fits_squeezed = squeeze_in(run, program, workspace_bytes, replayed, room_bytes, spare_bytes)
         if squeezed is not replayed:
-            replayed, interval = squeezed, process_interval(kind, squeezed.reserved_bytes, profile, risk)
+            replayed, interval = squeezed, process_interval(run.compile, squeezed.reserved_bytes, profile, risk)
     return Estimate(
         program=program,
         config=run.model_dump(),
@@ -238,9 +239,10 @@ def estimate(
 
 
 @lru_cache(maxsize=256)
-def replay(run: RunConfig, program: str, workspace_bytes: int) -> Reserved:
+def replay(run: RunConfig, program: str, workspace_bytes: int, starts_with_evaluation: bool = True) -> Reserved:
     """What the allocator holds: the same on all cards with such workspaces, and most of the time that many take."""
-    return replay_run(run, kernel_pieces(run, program), workspace_bytes)  # pyright: ignore[reportArgumentType]
+    parts = kernel_pieces(run, program)  # pyright: ignore[reportArgumentType]
+    return replay_run(run if starts_with_evaluation else derive(run, eval_interval=0), parts, workspace_bytes)
 
 
 @lru_cache(maxsize=2)

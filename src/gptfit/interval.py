@@ -1,8 +1,9 @@
 """How far off a figure may be: the measured error of its class, and what is not known of the context.
 
-Two errors add up in squares, as they have nothing to do with one another: that of what the allocator holds
-(measured/errors.yaml) and that of the context and libraries beside it (the profile's low and high). Both are given
-so that nine of ten lie within; another `risk` scales them as a normal distribution does.
+Errors add up in squares, as they have nothing to do with one another: that of what the allocator holds
+(measured/errors.yaml), what another start would make of its segments, and that of the context and libraries beside it
+(the profile's low and high). They are given so that nine of ten lie within; another `risk` scales them as a normal
+distribution does.
 """
 
 import math
@@ -39,26 +40,29 @@ def check_risk(risk: float) -> float:
     return risk
 
 
-def error_class(compiled: bool, expandable: bool) -> str:
-    """The entry of measured/errors.yaml for such a run."""
-    return f"{'compiled' if compiled else 'eager'}, {'expandable' if expandable else 'segments'}"
+def process_interval(
+    compiled: bool,
+    reserved_bytes: int,
+    profile: GpuProfile | None,
+    risk: float | None = None,
+    other_reserved_bytes: int | None = None,
+) -> Interval:
+    """The interval of `reserved_bytes` and the context together. The risk is the usual one where it is None.
 
-
-def process_interval(kind: str, reserved_bytes: int, profile: GpuProfile | None, risk: float | None = None) -> Interval:
-    """The interval of `reserved_bytes`, of the class `kind`, and the context together.
-    The risk is the usual one where it is None.
-
+    Without expandable segments the order of a run's first allocations decides for good how its segments are cut up:
+    `other_reserved_bytes` is what the same run holds after another start, and within the interval.
     Raises GptfitError for a risk that is none.
     """
     risk = check_risk(USUAL_RISK if risk is None else risk)
-    share = errors()[kind] * reserved_bytes
+    share = errors()["compiled" if compiled else "eager"] * reserved_bytes
+    moved = reserved_bytes - (reserved_bytes if other_reserved_bytes is None else other_reserved_bytes)
     middle = profile.context_bytes if profile else UNKNOWN_CARD_CONTEXT_BYTES
     low, high = (profile.context_low_bytes, profile.context_high_bytes) if profile else UNKNOWN_CARD_CONTEXTS
     scale = quantile(risk) / quantile(USUAL_RISK)
     process_bytes = reserved_bytes + middle
     return Interval(
-        low_bytes=max(0, process_bytes - round(scale * math.hypot(share, middle - low))),
-        high_bytes=process_bytes + round(scale * math.hypot(share, high - middle)),
+        low_bytes=max(0, process_bytes - round(scale * math.hypot(share, middle - low, max(0, moved)))),
+        high_bytes=process_bytes + round(scale * math.hypot(share, high - middle, max(0, -moved))),
         risk=risk,
     )
 

@@ -14,7 +14,7 @@ from gptfit.errors import GptfitError, nearest
 from gptfit.estimate import Budget, Needs, TensorRow, live_rows
 from gptfit.factory import Factory, load_factory, users_code
 from gptfit.gpus import GpuProfile
-from gptfit.interval import error_class, process_interval
+from gptfit.interval import process_interval
 from gptfit.memory.overhead import UNKNOWN_CARD_CONTEXT_BYTES, cublas_workspace_bytes
 from gptfit.memory.reserve import replay_tape
 from gptfit.memory.tape import Buffer, Event, Item, Mark, Tape, make_buffer
@@ -105,7 +105,7 @@ def trace_factory(
         live_bytes=peak.live_bytes,
         reserved_bytes=replayed.reserved_bytes,
         process_bytes=replayed.reserved_bytes + context_bytes,
-        interval=process_interval(error_class(run.compile, run.expandable_segments), replayed.reserved_bytes, profile),
+        interval=process_interval(run.compile, replayed.reserved_bytes, profile),
         phase=peak.phase,
         op=peak.op,
         tensors=grouped(live_rows(traced.tape, replayed.allocated_bytes, peak.live_bytes, workspace_bytes)),
