@@ -226,12 +226,12 @@ def _gpu(
     """`figures` are total, free and used bytes; the system's stand for them where the GPU has no memory of its own."""
     notes = platform_notes()
     if figures is None:
-        figures = _system_memory()
+        figures = system_memory()
         notes = (*notes, UNIFIED)
     return DriverGpu(index, uuid, name, *figures, driver_version, processes, notes) if figures else None
 
 
-def _system_memory() -> tuple[int, int, int] | None:
+def system_memory() -> tuple[int, int, int] | None:
     """Total, available and used bytes of the system; None where it does not say."""
     try:
         lines = PROC_MEMINFO.read_text(encoding="utf-8", errors="replace").splitlines()

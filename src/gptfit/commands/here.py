@@ -1,12 +1,27 @@
-"""This machine: the page that answers in a browser."""
+"""This machine: what is wrong with it, and the page that answers in its browser."""
 
 from typing import Annotated
 
 import typer
 
-from gptfit.options import YES
+from gptfit.options import NO, YES, Json
 
 app = typer.Typer()
+
+
+@app.command()
+def doctor(json: Json = False) -> int:
+    """What of this machine keeps a run from working: torch, driver, cards, settings, space."""
+    import os
+    from pathlib import Path
+
+    from gptfit.doctor import examine
+    from gptfit.report.doctor import doctor_view
+    from gptfit.report.output import respond
+
+    health = examine(os.environ, Path.cwd())
+    respond(json, health.to_json, doctor_view(health))
+    return NO if health.wrong else YES
 
 
 @app.command()
