@@ -24,6 +24,7 @@ check: $(INSTALLED)
 
 docs: $(INSTALLED)
 	$(BIN)/python tests/test_docs.py
+	$(BIN)/python tests/test_screens.py
 
 format: $(INSTALLED)
 	$(BIN)/ruff format .

@@ -28,15 +28,15 @@ FIGURE = re.compile(r"\d[\d.,]*\s*(?:[KMGT]i?B\b|tokens/s|%|times\b|x faster)")
 root = typer.main.get_command(app)
 
 
-def run(command: str) -> str:
-    """What `gptfit …` prints on stdout, 80 columns wide and without colours, or its error."""
+def run(command: str, width: int = 80) -> str:
+    """What `gptfit …` prints on a pipe so many columns wide, or its error."""
     printed = io.StringIO()
     with (
         pytest.MonkeyPatch.context() as patch,
         contextlib.redirect_stdout(printed),
         contextlib.redirect_stderr(printed),
     ):
-        patch.setenv("COLUMNS", "80")
+        patch.setenv("COLUMNS", str(width))
         patch.setenv("GPTFIT_PROFILES", os.devnull)
         patch.chdir(ROOT)
         with contextlib.suppress(SystemExit):

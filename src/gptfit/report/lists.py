@@ -229,11 +229,13 @@ def replay_view(answer: "ReplayResult") -> Iterator[RenderableType]:
     yield Text(f"{answer.events:,} events, {kind}, {answer.retries:,} retries after a failed cudaMalloc")
     if recorded is not None:
         peak = recorded.peak_reserved_bytes
-        held = "" if peak is None else f"{format_bytes(peak)} reserved at most; "
-        yield Text(
-            f"The recording: {held}{recorded.segment_events_matched:,} of its "
-            f"{recorded.segment_events_total:,} segment events matched"
-        )
+        said = [] if peak is None else [f"{format_bytes(peak)} reserved at most"]
+        if recorded.segment_events_total:
+            said.append(
+                f"{recorded.segment_events_matched:,} of its {recorded.segment_events_total:,} segment events matched"
+            )
+        if said:
+            yield Text(f"The recording: {'; '.join(said)}")
     yield title("Reserved, at its peak")
     rows = [
         ("requested", format_mib(lost.requested_bytes)),

@@ -28,7 +28,7 @@ from gptfit.units import format_bytes, format_mib
 
 MAX_CANDIDATES = 3
 
-# Keys that are too long for a column's head.
+# Keys that are too long for a line of several.
 SHORT = {"gradient_accumulation_steps": "accumulation", "activation_checkpointing": "checkpointing"}
 
 # What nanoGPT's train.py takes on its command line, of what a lever changes.
@@ -47,9 +47,10 @@ def plan_view(plan: Plan, verbose: bool = False) -> Iterator[RenderableType]:
             yield Text(f"{speed_text(best.speed)}.")
     if given is not None:
         yield from given_view(given, best)
-    if best is not None:
-        yield peak_title(best, " of the choice")
-        yield memory_rows(best)
+    shown = best or given
+    if shown is not None:
+        yield peak_title(shown, " of the choice" if best else "")
+        yield memory_rows(shown)
     yield from candidates_view(plan)
     yield from levers_view(plan.levers, verbose)
     yield from (Text(f"note: {note}", style=QUIET) for note in plan.notes)
@@ -61,7 +62,7 @@ def given_view(given: Estimate, best: Estimate | None) -> Iterator[RenderableTyp
     words = "fits" if fits else "does not fit"
     yield Text(f"\nAs given, under {given.program}'s code, it {words}: {margin_text(given, of_card=False)}.")
     if not fits:
-        yield from peak_view(given)
+        yield from peak_view(given) if best else ()
     if best is not None:
         changes = ", ".join(changed(given, best))
         yield Text(f"Changed: {changes}." if changes else "The run as given is the choice.")
@@ -76,7 +77,7 @@ def changed(given: Estimate, best: Estimate) -> Iterator[str]:
         # Evaluation takes the micro-batch of training, unless it is given its own.
         follows = key == "eval_batch_size" and before == given.config["batch_size"]
         if value != before and not follows:
-            yield f"{key} {before} → {value}"
+            yield f"{SHORT.get(key, key)} {before} → {value}"
 
 
 def candidates_view(plan: Plan) -> Iterator[RenderableType]:
