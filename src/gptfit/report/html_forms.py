@@ -47,7 +47,7 @@ def fit_form(cards: Sequence[tuple[str, str]], presets: Sequence[tuple[str, str]
             tag("div", choice("gpu", "Card", card_choices, given.get("gpu", "rtx4070"))),
             tag("div", choice("preset", "Model", presets, given.get("preset", "gpt2"))),
             tag("div", line("keys", "Changes, as KEY=VALUE", given, "batch_size=8 block_size=2048")),
-            tag("div", line("reserve", "Memory that others hold on the card", given, "1.5GiB")),
+            tag("div", line("reserve", "Held by others on the card", given, "1.5GiB")),
             tag("div", choice("program", "Whose code runs it", programs, given.get("program", ""))),
             class_="pair",
         ),
@@ -93,7 +93,8 @@ def box(name: str, text: str, given: Mapping[str, str], rows: int, example: str)
 
 def oom_page(answer: "Diagnosis") -> Html:
     """What `gptfit explain-oom` says."""
-    parts: list[Part] = [HOME, tag("header", tag("h1", answer.summary))]
+    what, _, why = answer.summary.partition(" Why: ")
+    parts: list[Part] = [HOME, tag("header", tag("h1", what), tag("p", f"Why: {why}") if why else None)]
     if answer.instant is not None:
         rows = [(row.name, format_mib(row.n_bytes)) for row in answer.instant.rows if row.n_bytes >= 1 << 20]
         alive = table(("alive", "MiB"), rows, answer.instant.sentence(), ("MiB",))
@@ -103,13 +104,13 @@ def oom_page(answer: "Diagnosis") -> Html:
         rows = [
             (
                 tag("code", one.change),
-                "" if one.saves_bytes is None else format_bytes(one.saves_bytes),
+                "" if one.saves_bytes is None else f"saves {format_bytes(one.saves_bytes)}",
                 enough[one.enough],
                 one.why,
             )
             for one in answer.remedies
         ]
-        helps = table(("change", "saves", "then", "why"), rows, answer.words or "Best first", ("saves",), prose=True)
+        helps = table(("change", "memory", "then", "why"), rows, answer.words or "Best first", ("memory",), prose=True)
         parts.append(section("What helps", helps))
     if answer.not_remedies:
         rows = [(tag("code", one.change), one.why) for one in answer.not_remedies]
@@ -123,7 +124,7 @@ def oom_page(answer: "Diagnosis") -> Html:
         parts.append(section("The run, from the text", table(("key", "value"), rows, "Keys that the text tells")))
     if answer.warnings:
         parts.append(section("Notes", bullets(answer.warnings)))
-    return document(answer.summary, *parts, footer("gptfit explain-oom"))
+    return document(what, *parts, footer("gptfit explain-oom"))
 
 
 def message_page(text: str, hint: str = "") -> Html:
