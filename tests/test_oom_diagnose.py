@@ -266,3 +266,18 @@ def test_an_evaluation_gets_a_batch_of_its_own() -> None:
     assert best.enough
     assert 1 < size < 64
     assert sizes[0] <= fitting_bytes(text) < 1.1 * sizes[1]
+
+
+@pytest.mark.parametrize("kind", ["host_ram", "host_killed", "shm", "triton_shared_memory"])
+def test_what_frees_the_card_does_not_help_elsewhere(kind: str) -> None:
+    answer = explained(paste(next(name for name, label in LABELS.items() if label["kind"] == kind)))
+    assert {advice.change for advice in answer.not_remedies} == {"torch.cuda.empty_cache()", "float16"}
+    assert not any("batch_size" in remedy.change for remedy in answer.remedies)
+
+
+def test_a_limit_of_the_process_itself_is_lifted_first() -> None:
+    text = "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 1.00 GiB. GPU 0 has a total capacity of "
+    text += "16.00 GiB of which 11.00 GiB is free. 4.00 GiB allowed; Of the allocated memory 3.50 GiB is allocated by "
+    text += "PyTorch, and 100.00 MiB is reserved by PyTorch but unallocated."
+    assert explained(text).remedies[0].change == "torch.cuda.set_per_process_memory_fraction(1.0)"
+    assert explained(text).remedies[0].saves_bytes == 12 * GiB

@@ -142,7 +142,7 @@ def diagnose(facts: OomFacts, failed: FailedRun | None = None, program: str | No
         cause=cause,
         summary=summary_of(facts, tensor, cause),
         remedies=tuple(sorted(remedies, key=lambda remedy: (remedy.enough is False, -(remedy.saves_bytes or 0)))),
-        not_remedies=tuple(folk_advice(case, within, remedies)) if facts.kind != "not_oom" else (),
+        not_remedies=tuple(folk_advice(facts.kind, case, within, remedies)) if facts.kind != "not_oom" else (),
         warnings=tuple(warnings),
         program=trainer.twin,
         trainer=program or (facts.program if facts.program in TRAINERS else "unknown"),

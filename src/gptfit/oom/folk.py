@@ -11,8 +11,24 @@ MiB = 1 << 20
 EMPTY_CACHE = "returns only what is unused, and the allocator has done that itself before it gave up"
 
 
-def folk_advice(case: Case | None, within: tuple[str, ...], remedies: Sequence[Remedy]) -> Iterator[NotRemedy]:
+NOT_THE_CARD = {
+    "host_ram": "the computer's memory ran out; this frees the card's",
+    "host_killed": "the computer's memory ran out; this frees the card's",
+    "shm": "/dev/shm ran out; this frees the card's memory",
+    "triton_shared_memory": "a multiprocessor's own memory is too small for the kernel; this frees the card's",
+}
+WATERMARK = "lifts the limit that keeps the system itself alive: macOS may freeze instead"
+
+
+def folk_advice(
+    kind: str, case: Case | None, within: tuple[str, ...], remedies: Sequence[Remedy]
+) -> Iterator[NotRemedy]:
     """Advice with its effect at the instant that failed; `case` is None where the run is not known."""
+    if kind in NOT_THE_CARD:
+        yield from (NotRemedy(change, NOT_THE_CARD[kind]) for change in ("torch.cuda.empty_cache()", "float16"))
+        return
+    if kind == "mps":
+        yield NotRemedy("PYTORCH_MPS_HIGH_WATERMARK_RATIO=0.0", WATERMARK)
     if case is None:
         yield NotRemedy("float16 instead of bfloat16", "both take 2 bytes an element: nothing is saved")
         yield NotRemedy("torch.cuda.empty_cache()", EMPTY_CACHE)

@@ -45,13 +45,21 @@ def general_remedies(facts: OomFacts, checkpoint_bytes: int | None = None) -> li
         return [Remedy(*pair) for pair in KIND_REMEDIES[facts.kind]]
     if facts.kind == "not_oom":
         return []
-    found = [*_others(facts), *_fragments(facts)]
+    found = [*_limit(facts), *_others(facts), *_fragments(facts)]
     if facts.phase in ("checkpoint", "model_load"):
         why = "on the card a checkpoint is there a second time, optimizer state included, until it is dropped"
         saves = checkpoint_bytes if facts.phase == "checkpoint" else None
         enough = None if saves is None else saves + (facts.free_bytes or 0) >= (facts.tried_bytes or 0)
         found.append(Remedy("torch.load(path, map_location='cpu')", why, saves, enough))
     return found
+
+
+def _limit(facts: OomFacts) -> Iterator[Remedy]:
+    """A limit of the process's own below what the card has."""
+    allowed, total = facts.allowed_bytes, facts.total_bytes
+    if facts.kind == "per_process_limit" and allowed is not None and total is not None and allowed < total:
+        why = f"a fraction that allows {format_bytes(allowed)} of {format_bytes(total)} was set"
+        yield Remedy("torch.cuda.set_per_process_memory_fraction(1.0)", why, total - allowed)
 
 
 def _others(facts: OomFacts) -> Iterator[Remedy]:
