@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from gptfit.config import RunConfig, make_run
 from gptfit.errors import GptfitError
 from gptfit.model import GPT
-from gptfit.optim import OPTIMIZERS, Lion, build_optimizer, learning_rate_at, set_learning_rate
+from gptfit.optim import OPTIMIZERS, AdamW16bit, Lion, build_optimizer, learning_rate_at, set_learning_rate
 
 TINY: dict[str, Any] = {
     "n_layer": 1, "n_head": 2, "n_embd": 16, "vocab_size": 31, "block_size": 8, "dtype": "float32", "bias": True,
@@ -104,6 +104,27 @@ def test_lion_is_its_paper():
             x[i] -= 0.1 * ((c > 0) - (c < 0) + 0.5 * x[i])
             m[i] = 0.99 * m[i] + 0.01 * g
     torch.testing.assert_close(p.detach(), torch.tensor(x))
+
+
+def test_16_bit_states_follow_adamw_to_their_precision():
+    g = torch.Generator().manual_seed(1)
+    start = torch.randn(64, 32, generator=g)
+    exact, ours = (torch.nn.Parameter(start.clone()) for _ in range(2))
+    settings: dict[str, Any] = {"lr": 0.01, "betas": (0.9, 0.95), "weight_decay": 0.1}
+    optimizers = (torch.optim.AdamW([exact], **settings), AdamW16bit([{"params": [ours]}], **settings))
+    for _ in range(50):
+        grad = torch.randn(64, 32, generator=g)
+        for parameter, optimizer in zip((exact, ours), optimizers, strict=True):
+            parameter.grad = grad.clone()
+            optimizer.step()
+    moved = (exact - start).norm()
+    assert 0 < (exact - ours).norm() < 0.01 * moved  # a state is right to 1/256
+    assert {tensor.dtype for tensor in optimizers[1].state[ours].values()} == {torch.float32, torch.bfloat16}
+
+
+def test_16_bit_states_refuse_a_beta2_at_which_they_would_stand_still():
+    with pytest.raises(GptfitError, match=r"beta2 of at most 0\.99"):
+        make_run({**TINY, "optimizer": "adamw16bit", "beta2": 0.999})
 
 
 def test_muon_orthogonalises_blocks_alone():

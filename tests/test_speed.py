@@ -56,7 +56,7 @@ def runs(draw: st.DrawFn) -> RunConfig:
         "attention": draw(st.sampled_from(("flash", "math"))),
         "compile": draw(st.booleans()),
         "loss": draw(st.sampled_from(("full", "chunked"))),
-        "optimizer": draw(st.sampled_from(("adamw", "adamw8bit", "adafactor", "lion", "muon", "sgd"))),
+        "optimizer": draw(st.sampled_from(("adamw", "adamw16bit", "adamw8bit", "adafactor", "lion", "muon", "sgd"))),
         "optimizer_impl": draw(st.sampled_from(("fused", "foreach", "for-loop"))),
         "dropout": draw(st.sampled_from((0.0, 0.1))),
     }

@@ -87,7 +87,9 @@ def runs(draw: st.DrawFn) -> RunConfig:
             "loss": draw(st.sampled_from(("full", "chunked"))),
             "activation_checkpointing": draw(st.sampled_from(("none", "block"))),
             "checkpoint_every": draw(st.integers(1, 4)),
-            "optimizer": draw(st.sampled_from(("adamw", "adamw8bit", "adafactor", "lion", "muon", "sgd"))),
+            "optimizer": draw(
+                st.sampled_from(("adamw", "adamw16bit", "adamw8bit", "adafactor", "lion", "muon", "sgd"))
+            ),
             "optimizer_impl": draw(st.sampled_from(("fused", "foreach", "for-loop"))),
             "grad_clip": draw(st.sampled_from((0.0, 1.0))),
             "compile": draw(st.booleans()),

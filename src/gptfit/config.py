@@ -71,8 +71,9 @@ class RunConfig(ModelConfig):
     activation_checkpointing: Literal["none", "block", "attention"] = "none"
     checkpoint_every: int = Field(1, ge=1)
     activation_offload: bool = False
+    recompute_cheap: bool = False
 
-    optimizer: Literal["adamw", "adamw8bit", "adafactor", "lion", "muon", "sgd"] = "adamw"
+    optimizer: Literal["adamw", "adamw16bit", "adamw8bit", "adafactor", "lion", "muon", "sgd"] = "adamw"
     optimizer_impl: Literal["fused", "foreach", "for-loop"] = "fused"
     optimizer_in_backward: bool = False
     learning_rate: float = Field(6e-4, gt=0)
@@ -121,9 +122,20 @@ class RunConfig(ModelConfig):
     @model_validator(mode="after")
     def _eager_alone(self) -> Self:
         """What a compiled step has no use for: its backward takes everything that was saved at once."""
-        for key, value in (("activation_checkpointing", "attention"), ("activation_offload", True)):
+        for key, value in (
+            ("activation_checkpointing", "attention"),
+            ("activation_offload", True),
+            ("recompute_cheap", True),
+        ):
             if self.compile and getattr(self, key) == value:
                 raise ValueError(f"{key}={value} is for compile=False: a compiled step chooses itself what it keeps")
+        return self
+
+    @model_validator(mode="after")
+    def _states_that_move(self) -> Self:
+        """bf16 has 8 bits of precision: a change of less than 1/256 of a state is lost."""
+        if self.optimizer == "adamw16bit" and self.beta2 > 0.99:
+            raise ValueError(f"adamw16bit needs beta2 of at most 0.99, not {self.beta2:g}: its state would not move")
         return self
 
     @model_validator(mode="after")

@@ -85,6 +85,9 @@ LEVERS: dict[str, Lever] = {
         {"expandable_segments": True},
         "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True: less reserved but unused; tensors stay the same",
     ),
+    "adamw16bit": Lever(
+        {"optimizer": "adamw16bit"}, "optimizer state of 4 bytes a parameter instead of 8", numerics=True
+    ),
     "adamw8bit": Lever(
         {"optimizer": "adamw8bit"}, "optimizer state of 2 bytes a parameter instead of 8", numerics=True
     ),

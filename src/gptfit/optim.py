@@ -49,6 +49,47 @@ class Lion(torch.optim.Optimizer):
                 state["exp_avg"].lerp_(parameter.grad, 1 - beta2)
 
 
+class AdamW16bit(torch.optim.Optimizer):
+    """AdamW (arXiv 1711.05101, algorithm 2) that keeps its two moments in bfloat16 and computes in float32.
+
+    Its step makes two float32 temporaries of the size of one parameter at a time. Rounding is to nearest, so a second
+    moment that changes by less than 1/256 a step stands still: beta2 is to be at most 0.99 (config.py).
+    """
+
+    def __init__(self, params: Groups, lr: float, betas: tuple[float, float], weight_decay: float = 0.0) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay, "eps": 1e-8})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, parameter.grad, group)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """torch's own turns states to the parameters' dtype."""
+        super().load_state_dict(state_dict)
+        for state in self.state.values():
+            for moment in ("exp_avg", "exp_avg_sq"):
+                state[moment] = state[moment].bfloat16()
+
+    def _update(self, parameter: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
+        lr, (beta1, beta2) = group["lr"], group["betas"]
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.tensor(0.0)
+            state["exp_avg"] = torch.zeros_like(parameter, dtype=torch.bfloat16)
+            state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=torch.bfloat16)
+        state["step"] += 1
+        n_steps = state["step"].item()
+        mean = state["exp_avg"].float().mul_(beta1).add_(grad, alpha=1 - beta1)
+        state["exp_avg"].copy_(mean)
+        root = state["exp_avg_sq"].float().mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        state["exp_avg_sq"].copy_(root)
+        root.sqrt_().div_(math.sqrt(1 - beta2**n_steps)).add_(group["eps"])
+        parameter.mul_(1 - lr * group["weight_decay"]).addcdiv_(mean, root, value=-lr / (1 - beta1**n_steps))
+
+
 class Together:
     """Several optimizers that step as one. Its groups are theirs, so a learning rate set here arrives there."""
 
@@ -123,6 +164,11 @@ def _lion(model: nn.Module, run: RunConfig) -> Stepper:
     return Lion(groups, lr=run.learning_rate, betas=(run.beta1, run.beta2))
 
 
+def _adamw16bit(model: nn.Module, run: RunConfig) -> Stepper:
+    groups = decay_groups(model.named_parameters(), run.weight_decay)
+    return AdamW16bit(groups, lr=run.learning_rate, betas=(run.beta1, run.beta2))
+
+
 def _muon(model: nn.Module, run: RunConfig) -> Stepper:
     """Muon for the matrices of the blocks, AdamW for embeddings, head, norms and biases, as its author advises
     (https://kellerjordan.github.io/posts/muon/). Muon's steps are scaled to the size of AdamW's, so that one
@@ -161,6 +207,7 @@ def _adamw8bit(model: nn.Module, run: RunConfig) -> Stepper:
 
 OPTIMIZERS: dict[str, Callable[[nn.Module, RunConfig], Stepper]] = {
     "adamw": _adamw,
+    "adamw16bit": _adamw16bit,
     "adamw8bit": _adamw8bit,
     "adafactor": _adafactor,
     "lion": _lion,

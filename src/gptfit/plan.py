@@ -27,7 +27,7 @@ FREE: dict[str, tuple[object, ...]] = {
 }
 # Tried when nothing fits, or with --allow: these change the numbers.
 LAST_RESORT: dict[str, tuple[object, ...]] = {
-    "optimizer": ("adamw8bit",),
+    "optimizer": ("adamw16bit", "adamw8bit"),
     "param_dtype": ("bfloat16",),
 }
 FINALISTS = 4

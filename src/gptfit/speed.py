@@ -89,7 +89,7 @@ OTHER_KERNELS = 60
 LOOP_STEP_KERNELS = 8 * 12  # for-loop optimizers: parameters of a block x kernels for each
 
 # Bytes read and written in one step for each parameter: parameter, gradient and state (fused), fp32.
-OPTIMIZER_BYTES = {"adamw": 28, "adamw8bit": 17, "adafactor": 28, "lion": 20, "muon": 22, "sgd": 20}
+OPTIMIZER_BYTES = {"adamw": 28, "adamw16bit": 20, "adamw8bit": 17, "adafactor": 28, "lion": 20, "muon": 22, "sgd": 20}
 CLIP_BYTES = 12
 FOREACH_FACTOR = 2.5  # foreach and for-loop run each operation of the update as its own kernel
 MUON_FLOPS = 5 * 5  # five Newton-Schulz rounds, each about 5·n_embd FLOPs for an element

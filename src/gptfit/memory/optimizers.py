@@ -60,6 +60,19 @@ def _adamw_loop(w: Scratch, params: list[Parameter]) -> None:
     del denominator
 
 
+def adamw16bit_states(param: Parameter, run: RunConfig) -> list[Buffer]:
+    return [state(param, moment, None, "bfloat16") for moment in ("exp_avg", "exp_avg_sq")]
+
+
+def adamw16bit_step(w: Scratch, params: list[Parameter], run: RunConfig) -> None:
+    """Both moments in fp32, of one parameter at a time (optim.AdamW16bit)."""
+    for group in decay_groups(params):
+        for param in w.each(group):
+            mean = w.new(param, "mean", None, "float32")
+            root = w.new(param, "root", None, "float32")
+            del mean, root
+
+
 def is_quantized(param: Parameter) -> bool:
     n = math.prod(param.shape)
     return n >= 4096 and n % 256 == 0
@@ -201,6 +214,7 @@ def sgd_step(w: Scratch, params: list[Parameter], run: RunConfig) -> None:
 
 OPTIMIZERS = {
     "adamw": Optimizer(adamw_states, adamw_step),
+    "adamw16bit": Optimizer(adamw16bit_states, adamw16bit_step),
     "adamw8bit": Optimizer(adamw8bit_states, adamw8bit_step),
     "adafactor": Optimizer(adafactor_states, adafactor_step),
     "lion": Optimizer(lambda param, run: [state(param, "exp_avg")], lion_step),
