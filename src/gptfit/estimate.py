@@ -5,7 +5,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 
-from gptfit.config import RunConfig, derive
+from gptfit.config import RunConfig, derive, make_run
 from gptfit.errors import GptfitError
 from gptfit.gpus import GpuProfile
 from gptfit.interval import Interval, process_interval
@@ -148,6 +148,13 @@ class Estimate(Needs):
     run_phases: tuple[tuple[str, int], ...]
     speed: Speed | None
 
+    def reserved_otherwise(self) -> int:
+        """Bytes that the allocator would hold with the other setting of expandable segments, were there no limit."""
+        run = make_run(self.config)
+        workspace_bytes = next(row.n_bytes for row in self.tensors if row.category == "workspace") // CUBLAS_HANDLES
+        other = derive(run, expandable_segments=not run.expandable_segments)
+        return replay(other, self.program, workspace_bytes).reserved_bytes  # pyright: ignore[reportArgumentType]
+
     def to_json(self) -> dict[str, object]:
         """The object that `gptfit estimate --json` prints."""
         return {
@@ -157,6 +164,7 @@ class Estimate(Needs):
             "config": dict(self.config),
             "flops_per_token": self.flops_per_token,
             "tokens_per_step": self.tokens_per_step,
+            "reserved_with_other_segments_bytes": self.reserved_otherwise(),
             "eval": {"allocated_bytes": self.eval_allocated_bytes},
             "run": [{"name": name, "peak_live_bytes": n_bytes} for name, n_bytes in self.run_phases],
             "speed": None if self.speed is None else speed_json(self.speed),
@@ -312,6 +320,8 @@ def under_program(run: RunConfig, program: str) -> RunConfig:
     if program != "nanogpt":
         return run
     only = {**NANOGPT_ONLY, "n_kv_head": run.n_head, "n_hidden": 4 * run.n_embd}
+    if "expandable_segments" not in run.model_fields_set:
+        only["expandable_segments"] = False  # its train.py leaves the allocator as it is
     for key, value in only.items():
         if getattr(run, key) != value and key in run.model_fields_set:
             message = f"nanoGPT's code has no {key}={getattr(run, key)}, only {key}={value}"
