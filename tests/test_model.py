@@ -179,10 +179,15 @@ def test_half_precision_stays_near_float32(param_dtype, loss):
     {"activation_checkpointing": "attention"},
     {"activation_offload": True},
     {"activation_offload": True, "activation_checkpointing": "attention", "position": "rope", "norm": "rmsnorm"},
+    {"recompute_cheap": True, "bias": True},
+    {"recompute_cheap": True, "norm": "rmsnorm", "mlp": "relu2", "activation_offload": True},
+    {"recompute_cheap": True, "mlp": "swiglu", "bias": True, "activation_checkpointing": "block"},
+    {"recompute_cheap": True, "mlp": "swiglu", "norm": "rmsnorm", "activation_checkpointing": "attention"},
+    {"recompute_cheap": True, "dtype": "bfloat16", "bias": True},
 ])  # fmt: skip
 def test_keeping_less_changes_no_number(changes, monkeypatch):
     monkeypatch.setattr("gptfit.offload.OFFLOAD_MIN_BYTES", 0)
-    shared = {key: changes[key] for key in ("position", "norm") if key in changes}
+    shared = {key: changes[key] for key in ("position", "norm", "mlp", "bias", "dtype") if key in changes}
     plain, saved = (build(dropout=0.1, compile=False, **keys) for keys in (shared, changes))
     idx, targets = batch(plain.run)
     for model in (plain, saved):

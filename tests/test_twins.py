@@ -41,6 +41,15 @@ OURS = [
     {"activation_offload": True, "activation_checkpointing": "attention", **LARGE},
     {"activation_offload": True, "qk_norm": True, "position": "rope", "n_kv_head": 2, "mlp": "swiglu", **LARGE},
     {"activation_offload": True, "attention": "math", "loss": "full", "activation_checkpointing": "block", **LARGE},
+    {"recompute_cheap": True},
+    {"recompute_cheap": True, "bias": True, "dropout": 0.1, "attention": "math"},
+    {"recompute_cheap": True, "mlp": "swiglu", "norm": "rmsnorm", "position": "rope", "qk_norm": True, "n_kv_head": 2},
+    {"recompute_cheap": True, "mlp": "relu2", "dtype": "float32", "bias": True, "n_kv_head": 2},
+    {"recompute_cheap": True, "mlp": "swiglu", "param_dtype": "bfloat16", "loss": "full"},
+    {"recompute_cheap": True, "activation_checkpointing": "block", "mlp": "swiglu", "bias": True},
+    {"recompute_cheap": True, "activation_checkpointing": "attention", "norm": "rmsnorm", "n_layer": 5},
+    {"recompute_cheap": True, "activation_offload": True, "mlp": "swiglu", "position": "rope", **LARGE},
+    {"recompute_cheap": True, "optimizer_in_backward": True, **AT_ONCE},
     {"optimizer_in_backward": True, **AT_ONCE},
     {"optimizer_in_backward": True, "optimizer_impl": "for-loop", "activation_checkpointing": "block", **AT_ONCE},
     {"optimizer_in_backward": True, "optimizer": "muon", "tie_embeddings": False, "loss": "full", **AT_ONCE},
@@ -81,7 +90,7 @@ def test_nanogpt(changes: dict[str, object]) -> None:
     compare(make_run({**BASE, "loss": "full", **changes}), "nanogpt")
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(8))
 def test_levers_together(seed: int) -> None:
     pick = random.Random(seed).choice
     n_kv_head, groups, head_size = pick((1, 2, 3)), pick((1, 2)), pick((8, 16))
@@ -102,6 +111,7 @@ def test_levers_together(seed: int) -> None:
         "attention": pick(("flash", "math")),
         "loss": pick(("full", "chunked")),
         "activation_checkpointing": pick(("none", "block")),
+        "recompute_cheap": pick((False, True)),
         "optimizer_impl": pick(("fused", "foreach", "for-loop")),
         "grad_clip": pick((0.0, 1.0)),
     }

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gptfit.config import ModelConfig
 from gptfit.errors import GptfitError
-from gptfit.model import NORM_EPS
+from gptfit.layers import NORM_EPS
 
 Weights = dict[str, Tensor]
 

@@ -20,7 +20,8 @@ from gptfit.config import ModelConfig, RunConfig, make_run
 from gptfit.errors import GptfitError, nearest
 from gptfit.huggingface_file import parse_huggingface
 from gptfit.huggingface_weights import from_huggingface
-from gptfit.model import GPT, NORM_EPS
+from gptfit.layers import NORM_EPS
+from gptfit.model import GPT
 from gptfit.nanogpt_file import PRETRAINED
 
 HINT = "init_from takes a Hugging Face folder, nanoGPT's ckpt.pt, a checkpoint, the folder of a run, or gpt2"

@@ -25,7 +25,8 @@ Kept for backward, by one micro-batch (sizes in elements; "compute": the compute
   loss        chunked: gradients of the final norm's output [N, C] compute and of the head's weight [V, C] fp32
               full: the final norm's output, the head's weight in compute, log-softmax [N, V] fp32
 With param_dtype equal to the compute dtype there are no weight copies. With activation checkpointing a
-block keeps its input alone, and the rest while it is recomputed.
+block keeps its input alone, and the rest while it is recomputed. With recompute_cheap a block keeps no weight
+copies, norm outputs or activations of the MLP (nor silu(gate)): what they are made of is kept anyway.
 """
 
 import math
@@ -39,80 +40,11 @@ from torch.utils.checkpoint import checkpoint
 
 from gptfit.config import ModelConfig, RunConfig
 from gptfit.device import DTYPES
+from gptfit.layers import LayerNorm, Linear, Origin, RMSNorm, as_it_is, rms_norm, swiglu
 from gptfit.loss import chunked_cross_entropy, full_cross_entropy, soft_cap
 from gptfit.offload import Offload
 
-NORM_EPS = 1e-5
 INIT_STD = 0.02
-
-
-class Linear(nn.Linear):
-    """A matmul in the compute dtype, whatever dtype the parameters have."""
-
-    def __init__(self, n_in: int, n_out: int, bias: bool, dtype: torch.dtype, param_dtype: torch.dtype) -> None:
-        super().__init__(n_in, n_out, bias=bias, dtype=param_dtype)
-        self.compute_dtype = dtype
-
-    def forward(self, input: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(self.compute_dtype)
-        return F.linear(input, self.weight.to(self.compute_dtype), bias)
-
-
-class LayerNorm(nn.Module):
-    """[..., C] in, [..., C] in the compute dtype out; statistics in fp32.
-
-    The output in the input's dtype lives only until it is cast: backward needs the input and the statistics.
-    """
-
-    def __init__(self, n_embd: int, bias: bool, dtype: torch.dtype, param_dtype: torch.dtype) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(n_embd, dtype=param_dtype))
-        self.bias = nn.Parameter(torch.zeros(n_embd, dtype=param_dtype)) if bias else None
-        self.compute_dtype = dtype
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, NORM_EPS).to(self.compute_dtype)
-
-
-class RMSNorm(nn.Module):
-    """[..., C] in, [..., C] in the compute dtype out; statistics in fp32."""
-
-    def __init__(self, n_embd: int, dtype: torch.dtype, param_dtype: torch.dtype) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(n_embd, dtype=param_dtype))
-        self.compute_dtype = dtype
-
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.compute_dtype)
-
-
-def rms_norm(x: Tensor, weight: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """x / sqrt(mean(x²) + eps) · weight over the last dimension, in `dtype`; statistics in fp32."""
-    return _RMSNorm.apply(x, weight, dtype)  # pyright: ignore[reportReturnType]
-
-
-class _RMSNorm(torch.autograd.Function):
-    """Keeps its input and rstd. F.rms_norm has a kernel that does so on CUDA alone; elsewhere it falls apart
-    into ops that keep two tensors of the input's size."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor | None, dtype: torch.dtype) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        rstd = (norm.square_() / x.shape[-1] + NORM_EPS).rsqrt_()
-        ctx.save_for_backward(x, weight, rstd)
-        y = x * rstd
-        return (y if weight is None else y.mul_(weight)).to(dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, weight, rstd = ctx.saved_tensors
-        normed = x * rstd
-        grad_weight = None
-        if weight is not None:
-            grad_weight = (grad * normed).sum(dim=tuple(range(x.dim() - 1))).to(weight.dtype)
-            grad = grad * weight
-        along = (grad * normed).mean(-1, keepdim=True)
-        return normed.mul_(along).neg_().add_(grad).mul_(rstd).to(x.dtype), grad_weight, None
 
 
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:
@@ -144,11 +76,11 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = Linear(config.n_embd, config.n_embd + 2 * kv_width, config.bias, dtype, param_dtype)
         self.c_proj = Linear(config.n_embd, config.n_embd, config.bias, dtype, param_dtype)
 
-    def forward(self, x_BTC: Tensor, tables: Tables) -> Tensor:
+    def forward(self, x_BTC: Tensor, tables: Tables, origin: Origin | None = None) -> Tensor:
         config = self.config
         q, k, v = (
             part.unflatten(2, (-1, config.head_size)).transpose(1, 2)  # [B, T, H·D] -> [B, H, T, D], a view
-            for part in self.c_attn(x_BTC).split(self.widths, dim=2)
+            for part in self.c_attn(x_BTC, origin).split(self.widths, dim=2)
         )
         if config.qk_norm:
             q, k = rms_norm(q, None, q.dtype), rms_norm(k, None, k.dtype)
@@ -163,7 +95,8 @@ class CausalSelfAttention(nn.Module):
             y_BHTD = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True, enable_gqa=groups > 1)
         else:
             y_BHTD = math_attention(q, k, v, tables.future_TT, p)
-        y_BTC = self.c_proj(y_BHTD.transpose(1, 2).flatten(2))
+        y_BTC = y_BHTD.transpose(1, 2).flatten(2)
+        y_BTC = self.c_proj(y_BTC, None if origin is None else Origin(as_it_is, (y_BTC,)))
         return dropout(y_BTC, config.dropout, self.training)
 
 
@@ -187,7 +120,9 @@ class MLP(nn.Module):
             self.c_gate = Linear(config.n_embd, config.n_hidden, config.bias, dtype, param_dtype)
         self.c_proj = Linear(config.n_hidden, config.n_embd, config.bias, dtype, param_dtype)
 
-    def forward(self, x_BTC: Tensor) -> Tensor:
+    def forward(self, x_BTC: Tensor, origin: Origin | None = None) -> Tensor:
+        if origin is not None:
+            return self.remaking(x_BTC, origin)
         if self.config.mlp == "swiglu":
             h_BTF = F.silu(self.c_gate(x_BTC)) * self.c_fc(x_BTC)
         elif self.config.mlp == "relu2":
@@ -196,23 +131,37 @@ class MLP(nn.Module):
             h_BTF = F.gelu(self.c_fc(x_BTC))
         return dropout(self.c_proj(h_BTF), self.config.dropout, self.training)
 
+    def remaking(self, x_BTC: Tensor, origin: Origin) -> Tensor:
+        """The same, keeping what the activation is made of instead of the activation."""
+        if self.config.mlp == "swiglu":
+            made_of = Origin(swiglu, (self.c_gate(x_BTC, origin), self.c_fc(x_BTC, origin)))
+        elif self.config.mlp == "relu2":
+            made_of = Origin(torch.square, (F.relu(self.c_fc(x_BTC, origin)),))
+        else:
+            made_of = Origin(F.gelu, (self.c_fc(x_BTC, origin),))
+        return dropout(self.c_proj(made_of.make(*made_of.sources), made_of), self.config.dropout, self.training)
 
-def make_norm(config: ModelConfig, dtype: torch.dtype, param_dtype: torch.dtype) -> nn.Module:
+
+def make_norm(config: ModelConfig, dtype: torch.dtype, param_dtype: torch.dtype) -> LayerNorm | RMSNorm:
     if config.norm == "rmsnorm":
         return RMSNorm(config.n_embd, dtype, param_dtype)
     return LayerNorm(config.n_embd, config.bias, dtype, param_dtype)
 
 
 class Block(nn.Module):
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, param_dtype: torch.dtype) -> None:
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, param_dtype: torch.dtype, remakes: bool) -> None:
         super().__init__()
+        self.remakes = remakes  # cheap things in backward, instead of keeping them
         self.ln_1 = make_norm(config, dtype, param_dtype)
         self.attn = CausalSelfAttention(config, dtype, param_dtype)
         self.ln_2 = make_norm(config, dtype, param_dtype)
         self.mlp = MLP(config, dtype, param_dtype)
 
     def attend(self, x_BTC: Tensor, tables: Tables) -> Tensor:
-        return self.attn(self.ln_1(x_BTC), tables)
+        return self.attn(self.ln_1(x_BTC), tables, self.origin(self.ln_1, x_BTC))
+
+    def origin(self, norm: LayerNorm | RMSNorm, x_BTC: Tensor) -> Origin | None:
+        return norm.origin(x_BTC) if self.remakes and torch.is_grad_enabled() else None
 
     def forward(self, x_BTC: Tensor, tables: Tables, recompute: str = "none") -> Tensor:
         """`recompute` says whether attention, or nothing, is computed again in backward."""
@@ -220,7 +169,7 @@ class Block(nn.Module):
             x_BTC = x_BTC + cast(Tensor, checkpoint(self.attend, x_BTC, tables, use_reentrant=False))
         else:
             x_BTC = x_BTC + self.attend(x_BTC, tables)
-        return x_BTC + self.mlp(self.ln_2(x_BTC))
+        return x_BTC + self.mlp(self.ln_2(x_BTC), self.origin(self.ln_2, x_BTC))
 
 
 class GPT(nn.Module):
@@ -241,7 +190,9 @@ class GPT(nn.Module):
         self.transformer = nn.ModuleDict({"wte": nn.Embedding(run.vocab_size, run.n_embd, dtype=param_dtype)})
         if run.position == "learned":
             self.transformer["wpe"] = nn.Embedding(run.block_size, run.n_embd, dtype=param_dtype)
-        self.transformer["h"] = nn.ModuleList(Block(run, dtype, param_dtype) for _ in range(run.n_layer))
+        self.transformer["h"] = nn.ModuleList(
+            Block(run, dtype, param_dtype, run.recompute_cheap) for _ in range(run.n_layer)
+        )
         self.transformer["ln_f"] = make_norm(run, dtype, param_dtype)
         self.lm_head = Linear(run.n_embd, run.vocab_size, False, dtype, param_dtype)
         if run.tie_embeddings:

@@ -1,7 +1,10 @@
 """gptfit's own model.py and loss.py, eager: explicit casts, no logits returned, the loss in chunks."""
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from typing import NamedTuple
 
 from gptfit.config import RunConfig
 from gptfit.memory import ops
@@ -11,6 +14,13 @@ from gptfit.memory.programs import Program, call
 from gptfit.memory.tape import Buffer
 
 Saved = tuple[Storage, ...]
+
+
+class Origin(NamedTuple):
+    """layers.Origin: a tensor is `make(*sources)`."""
+
+    make: Callable[..., Tensor]
+    sources: tuple[Tensor, ...]
 
 
 class Ours(Program):
@@ -25,8 +35,10 @@ class Ours(Program):
     def parameter(self, name: str, shape: tuple[int, ...]) -> Tensor:
         return ops.use(self.w, self.w.parameter(name, shape, self.run.param_dtype))
 
-    def linear(self, x: Tensor, name: str, n_out: int) -> Tensor:
+    def linear(self, x: Tensor, name: str, n_out: int, origin: Origin | None = None) -> Tensor:
         w, run = self.w, self.run
+        if origin is not None:
+            return remaking_linear(self, x, name, n_out, origin)
         bias = ops.cast(w, self.parameter(f"{name}.bias", (n_out,)), run.dtype) if run.bias else None
         weight = ops.cast(w, self.parameter(f"{name}.weight", (n_out, x.shape[-1])), run.dtype)
         return ops.linear(w, x, weight, bias, name)
@@ -39,9 +51,12 @@ class Ours(Program):
         bias = self.parameter(f"{name}.bias", (run.n_embd,)) if run.bias else None
         return ops.cast(w, ops.layer_norm(w, x, weight, bias, name), run.dtype)
 
-    def attention(self, x: Tensor) -> Tensor:
+    def origin(self, make: Callable[..., Tensor], *sources: Tensor) -> Origin | None:
+        return Origin(make, sources) if self.run.recompute_cheap and self.w.grad_enabled else None
+
+    def attention(self, x: Tensor, origin: Origin | None) -> Tensor:
         w, run = self.w, self.run
-        qkv = call(self.linear, x, "h.*.attn.c_attn", run.n_embd + 2 * run.n_kv_head * run.head_size)
+        qkv = call(self.linear, x, "h.*.attn.c_attn", run.n_embd + 2 * run.n_kv_head * run.head_size, origin)
         made_anew = run.position == "rope" or run.attention == "math" or run.n_kv_head != run.n_head
         heads = split_heads(w, qkv, run.n_head, run.n_kv_head, run.head_size, copies=made_anew)
         if run.qk_norm:
@@ -56,11 +71,13 @@ class Ours(Program):
             y = math_attention(w, heads, "h.*.attn.y", run.dropout if w.training else 0.0)
         else:
             y = flash_attention(w, heads, "h.*.attn.y")
-        y = call(self.linear, y, "h.*.attn.c_proj", run.n_embd)
+        y = call(self.linear, y, "h.*.attn.c_proj", run.n_embd, self.origin(lambda y: y, y))
         return ops.dropout(w, y, run.dropout, "h.*.attn.dropout")
 
-    def mlp(self, x: Tensor) -> Tensor:
+    def mlp(self, x: Tensor, origin: Origin | None) -> Tensor:
         w, run = self.w, self.run
+        if origin is not None:
+            return self.remaking_mlp(x, origin)
         if run.mlp == "swiglu":
             gate = ops.elementwise(w, call(self.linear, x, "h.*.mlp.c_gate", run.n_hidden), "h.*.mlp.silu")
             h = ops.multiply(w, gate, call(self.linear, x, "h.*.mlp.c_fc", run.n_hidden), "h.*.mlp.h")
@@ -72,14 +89,33 @@ class Ours(Program):
             h = ops.elementwise(w, call(self.linear, x, "h.*.mlp.c_fc", run.n_hidden), "h.*.mlp.gelu")
         return ops.dropout(w, call(self.linear, h, "h.*.mlp.c_proj", run.n_embd), run.dropout, "h.*.mlp.dropout")
 
+    def remaking_mlp(self, x: Tensor, origin: Origin) -> Tensor:
+        w, run = self.w, self.run
+        c_fc = "h.*.mlp.c_fc"
+        if run.mlp == "swiglu":
+            gate = call(self.linear, x, "h.*.mlp.c_gate", run.n_hidden, origin)
+            made_of = Origin(partial(swiglu, w), (gate, call(self.linear, x, c_fc, run.n_hidden, origin)))
+            del gate
+        elif run.mlp == "relu2":
+            relu = ops.elementwise(w, call(self.linear, x, c_fc, run.n_hidden, origin), "h.*.mlp.relu", "output")
+            made_of = Origin(partial(ops.square, w, name="h.*.mlp.h"), (relu,))
+            del relu
+        else:
+            gelu = partial(ops.elementwise, w, name="h.*.mlp.gelu")
+            made_of = Origin(gelu, (call(self.linear, x, c_fc, run.n_hidden, origin),))
+        h = call(self.linear, made_of.make(*made_of.sources), "h.*.mlp.c_proj", run.n_embd, made_of)
+        return ops.dropout(w, h, run.dropout, "h.*.mlp.dropout")
+
     def attend(self, x: Tensor) -> Tensor:
-        return call(self.attention, call(self.norm, x, "h.*.ln_1"))
+        origin = self.origin(partial(self.norm, name="h.*.ln_1"), x)
+        return call(self.attention, call(self.norm, x, "h.*.ln_1"), origin)
 
     def block(self, x: Tensor) -> Tensor:
         w = self.w
         recompute = self.run.activation_checkpointing == "attention" and w.grad_enabled and self.is_checkpoint
         x = ops.add(w, x, self.checkpointed(x, self.attend) if recompute else self.attend(x), "h.*.x_mid")
-        return ops.add(w, x, call(self.mlp, call(self.norm, x, "h.*.ln_2")), self.stream.name, shift=1)
+        origin = self.origin(partial(self.norm, name="h.*.ln_2"), x)
+        return ops.add(w, x, call(self.mlp, call(self.norm, x, "h.*.ln_2"), origin), self.stream.name, shift=1)
 
     def embed(self, idx: Tensor) -> tuple[Tensor, list[Tensor]]:
         w, run = self.w, self.run
@@ -117,6 +153,54 @@ class Ours(Program):
         logits = ops.linear(w, last, ops.cast(w, weight, run.dtype), None, "lm_head", "logits")
         del last
         return ops.cast(w, soft_cap(w, ops.cast(w, logits, "float32")) if run.logit_softcap else logits, "float32")
+
+
+def remaking_linear(program: Ours, x: Tensor, name: str, n_out: int, origin: Origin) -> Tensor:
+    """layers.Linear with the origin of its input: keeps its sources; makes it, and the weight's copy, again."""
+    w, run = program.w, program.run
+    low, high, shape = run.dtype, run.param_dtype, x.shape
+    weight = program.parameter(f"{name}.weight", (n_out, shape[-1]))
+    bias = program.parameter(f"{name}.bias", (n_out,)) if run.bias else None
+    w.flops += 2 * math.prod(shape) * n_out * w.repeat
+    copies = [ops.cast(w, Tensor(part.storage, part.shape, high), low) for part in (weight, bias) if part is not None]
+    y = w.empty(name, "activation", (*shape[:-1], n_out), low)
+    copies.clear()
+    make, parts = origin.make, [(source.shape, source.dtype) for source in origin.sources]
+
+    def gradient(label: str, of: tuple[int, ...]) -> Tensor:
+        return ops.cast(w, w.empty(f"{name} {label} gradient", "temporary", of, low), high, f"{name} {label} gradient")
+
+    def backward(grad: Tensor, saved: Saved) -> list[Tensor | None]:
+        copy = ops.cast(w, Tensor(saved[0], (n_out, shape[-1]), high), low)
+        grad_x = w.empty(f"{name} input gradient", "temporary", shape, low)
+        del copy
+        enabled, w.grad_enabled = w.grad_enabled, False
+        made = make(*(Tensor(one, *part) for one, part in zip(saved[1:], parts, strict=True)))
+        w.grad_enabled = enabled
+        grad_weight = gradient("weight", (n_out, shape[-1]))
+        grad_bias = gradient("bias", (n_out,)) if run.bias else None
+        del made
+        return [grad_x, grad_weight, grad_bias]
+
+    inputs = (x.node, weight.node, bias.node if bias is not None else None)
+    y.node = w.record(name, inputs, (weight.storage, *(source.storage for source in origin.sources)), backward)
+    return y
+
+
+def swiglu(w: Writer, gate: Tensor, up: Tensor) -> Tensor:
+    """layers.swiglu: keeps gate and up alone."""
+    shape, dtype = gate.shape, gate.dtype
+    h = w.empty("h.*.mlp.h", "activation", shape, dtype)
+
+    def backward(grad: Tensor, saved: Saved) -> list[Tensor]:
+        grad_up = w.empty("h.*.mlp.h gradient 2", "temporary", shape, dtype)
+        product = w.empty("h.*.mlp.h product", "temporary", shape, dtype)
+        grad_gate = w.empty("h.*.mlp.h gradient 1", "temporary", shape, dtype)
+        del product
+        return [grad_gate, grad_up]
+
+    h.node = w.record("h.*.mlp.h", (gate.node, up.node), (gate.storage, up.storage), backward)
+    return h
 
 
 def soft_cap(w: Writer, logits: Tensor) -> Tensor:
