@@ -135,7 +135,7 @@ def test_an_explanation_is_that_of_the_command(tmp_path: Path, capsys: pytest.Ca
     printed = command(capsys, "explain-oom", str(log), "--config", "gpt2")
     assert json.loads(json.dumps(gptfit.explain_oom(log.read_text(), config="gpt2").to_json())) == printed
     told = gptfit.explain_oom(torch.OutOfMemoryError(OOM), config="gpt2", batch_size=2)
-    assert told.facts.tried_bytes == round(1.54 * 2**30) and told.instant is not None
+    assert told.facts.tried_bytes == round(1.54 * 2**30) and not told.missing
 
 
 def linear(batch_size: int = 8, width: int = 64) -> Any:
