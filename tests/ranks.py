@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from faults import Fault, injected
 from gptfit.config import make_run
 from gptfit.distributed import joined, launched
 from gptfit.events import Event, Note, Stepped
@@ -28,7 +29,7 @@ class Job:
     out: str
     run: dict[str, Any]
     resume: bool = False
-    faults: list[dict[str, Any]] = field(default_factory=list)  # see `faults.py`
+    faults: list[Fault] = field(default_factory=list)
 
 
 def train_together(folder: Path, n: int, jobs: list[Job], timeout: float = 60.0) -> None:
@@ -68,7 +69,8 @@ def train_jobs(rank: int, folder: Path, jobs: list[Job]) -> None:
 
 def trained(job: Job, folder: Path) -> dict[str, Any]:
     events: list[Event] = []
-    finished = train(make_run(job.run), folder / job.out, job.resume, None, events.append, "cpu")
+    with injected(job.faults):
+        finished = train(make_run(job.run), folder / job.out, job.resume, None, events.append, "cpu")
     return {
         "notes": [event.text for event in events if isinstance(event, Note)],
         "steps": [event.step for event in events if isinstance(event, Stepped)],

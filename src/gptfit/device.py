@@ -122,6 +122,14 @@ def held_memory(device: torch.device) -> HeldMemory | None:
     )
 
 
+def room_bytes(device: torch.device) -> int | None:
+    """What this process's tensors can take together: what its allocator holds, used or not, and what is free. None
+    where that is not known."""
+    if device.type != "cuda":
+        return None
+    return torch.cuda.memory_reserved(device) + torch.cuda.mem_get_info(device)[0]
+
+
 def release_cached(device: torch.device) -> None:
     """Hands cached blocks back to the driver, after an out-of-memory error."""
     if device.type == "cuda":

@@ -11,29 +11,30 @@ Shapes: B sequences of a micro-batch, T block_size.
 import math
 import signal
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import TypeVar
 
 import numpy as np
 import torch
 import yaml
 
 from gptfit import metrics
-from gptfit.checkpoint import Checkpoint, Found, checkpoint_path, latest_valid, restore_rng, rng_state, save
+from gptfit.checkpoint import Checkpoint, Found, checkpoint_path, latest_valid, restore_rng, save
 from gptfit.config import ModelConfig, RunConfig
 from gptfit.data import TRAIN, VAL, Dataset, load_batch, open_dataset, sequence_starts
-from gptfit.device import adapt, held_memory, release_cached, reset_peaks, set_expandable_segments, start
+from gptfit.device import adapt, held_memory, reset_peaks, set_expandable_segments, start
 from gptfit.distributed import Ranks, check_size, joined, launched, own_device
 from gptfit.errors import GptfitError
-from gptfit.events import Event, Finished, Listener, Measured, Note, Saved, Started, Stepped
+from gptfit.events import Finished, Listener, Measured, Note, Saved, Stepped
 from gptfit.init_from import start_weights
 from gptfit.model import GPT
-from gptfit.optim import Stepper, build_optimizer, learning_rate_at, load_state, set_learning_rate
-from gptfit.parallel import Strategy, share_model
+from gptfit.optim import build_optimizer, learning_rate_at, load_state, set_learning_rate
+from gptfit.parallel import share_model
 from gptfit.replacing import replacing
+from gptfit.session import Good, Session
 from gptfit.signals import Asked, stop_on_signal
+from gptfit.survival import fitting, step_surviving
 from gptfit.watch import Watch
 
 RUN_FILE = "run.yaml"
@@ -72,7 +73,7 @@ def train(
         return _run(session, Path(out_dir), predicted or {})
 
 
-def _run(session: "Session", out: Path, predicted: Mapping[str, int]) -> Finished:
+def _run(session: Session, out: Path, predicted: Mapping[str, int]) -> Finished:
     """Steps until the run's last, or a signal, with what is due after each of them."""
     run, emit, ranks = session.run, session.emit, session.ranks
     began, first = time.perf_counter(), session.step
@@ -111,50 +112,13 @@ def _agreed(ranks: Ranks, asked: Asked) -> str:
     return signal.Signals(number).name if number else ""
 
 
-def _save(session: "Session", out: Path) -> Saved:
+def _save(session: Session, out: Path) -> Saved:
     checkpoint = session.checkpoint()
     path = checkpoint_path(out, session.step)
     with session.ranks.together():
         if session.ranks.first:
             save(out, checkpoint)
     return Saved(session.step, path)
-
-
-@dataclass(slots=True)
-class Session:
-    """What changes while a run goes: the model, its optimizer, completed steps, the micro-batch that fits."""
-
-    run: RunConfig
-    device: torch.device
-    data: Dataset
-    model: GPT
-    optimizer: Stepper
-    scaler: torch.amp.GradScaler
-    emit: Callable[[Event], None]
-    ranks: Ranks
-    strategy: Strategy
-    step: int = 0
-    micro_batch: int = 0
-    eval_batch: int = 0
-
-    def started(self, out: Path) -> Started:
-        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else str(self.device)
-        name = f"{self.ranks.size} × {name}" if self.ranks.size > 1 else name
-        n_params = sum(parameter.numel() for parameter in self.model.parameters())
-        data = self.data
-        return Started(self.run, name, n_params, data.name, len(data.train), data.tokenizer, self.step, out)
-
-    def checkpoint(self) -> Checkpoint:
-        return Checkpoint(
-            step=self.step,
-            run=self.run,
-            model=self.strategy.gathered(self.model.state_dict()),
-            optimizer=self.strategy.gathered(self.optimizer.state_dict()),
-            scaler=self.scaler.state_dict(),
-            rng=rng_state(),
-            tokenizer=self.data.tokenizer,
-            data_fingerprint=self.data.fingerprint,
-        )
 
 
 def _set_up(
@@ -261,20 +225,13 @@ def _step(session: Session) -> Stepped:
     starts = session.ranks.share(sequence_starts(len(tokens), run.block_size, n, run.seed, session.step))
     if session.ranks.size > 1:  # each rank draws (dropout) otherwise, and the same again after a resume
         torch.manual_seed(hash((run.seed, session.step, session.ranks.rank)))
-    loss = _fitting(session, lambda: _accumulate(session, starts))
+    loss = fitting(session, lambda: _accumulate(session, starts))
     norm = None
     if run.grad_clip:
         scaler.unscale_(optimizer)  # pyright: ignore[reportArgumentType]
         norm = session.strategy.clip(run.grad_clip)
     with session.ranks.together():
-        try:
-            scaler.step(optimizer)  # pyright: ignore[reportArgumentType]
-        except torch.OutOfMemoryError as error:
-            # Some parameters have moved, some have not: there is no doing this step again.
-            raise GptfitError(
-                f"out of memory in the optimizer's step: {_first_line(error)}",
-                f"gptfit plan shows what fits; optimizer={run.optimizer} keeps its states whatever the batch size is",
-            ) from None
+        step_surviving(session)
     scaler.update()
     session.strategy.zero_grad(optimizer)
     mean = session.ranks.total(float(loss) / session.ranks.size)[0]  # waits for the GPU
@@ -285,6 +242,7 @@ def _step(session: Session) -> Stepped:
         )
     seconds = time.perf_counter() - began
     held = held_memory(session.device)
+    session.good = Good(session.micro_batch, held.allocated_bytes) if held else None
     return Stepped(
         step=session.step,
         loss=mean,
@@ -301,7 +259,7 @@ def _step(session: Session) -> Stepped:
 def _accumulate(session: Session, starts: np.ndarray) -> torch.Tensor:
     """Gradients of the mean loss over the sequences at `starts`, added into .grad; the loss, not yet waited for."""
     total = torch.zeros((), device=session.device)
-    parts = _split(starts, session.micro_batch)
+    parts = split(starts, session.micro_batch, len(starts))
     for i, part in enumerate(parts):
         share = len(part) / len(starts)
         inputs_BT, targets_BT = load_batch(session.data.tokens(TRAIN), part, session.run, session.device)
@@ -321,7 +279,8 @@ def _evaluate(session: Session) -> float:
 
     def mean() -> float:
         total = torch.zeros((), device=session.device)
-        for i, part in enumerate(parts := _split(starts, session.eval_batch)):
+        parts = split(starts, session.eval_batch, -(-n // session.ranks.size))
+        for i, part in enumerate(parts):
             # A rank without a sequence left takes part all the same.
             part_or_any = part if len(part) else np.zeros(1, np.int64)
             inputs_BT, targets_BT = load_batch(tokens, part_or_any, run, session.device)
@@ -332,59 +291,12 @@ def _evaluate(session: Session) -> float:
 
     session.model.eval()
     try:
-        return session.ranks.total(_fitting(session, mean, evaluating=True))[0]
+        return session.ranks.total(fitting(session, mean, evaluating=True))[0]
     finally:
         session.model.train()
 
 
-def _split(starts: np.ndarray, at_most: int) -> list[np.ndarray]:
-    """Pieces of equal size, to within one, none larger than `at_most`."""
-    return np.array_split(starts, -(-len(starts) // at_most))
-
-
-def _fitting(session: Session, attempt: Callable[[], T], evaluating: bool = False) -> T:
-    """`attempt`, again with smaller micro-batches for as long as it runs out of memory.
-
-    Raises GptfitError where one sequence at a time is too much.
-    """
-    while True:
-        rng, reason, result = rng_state(), "", None
-        try:
-            result = attempt()
-        except RuntimeError as error:
-            if not _is_out_of_memory(error):
-                raise
-            reason = _first_line(error)
-        # Out here the traceback is gone, and with it the tensors that the failed attempt held.
-        if reason:
-            release_cached(session.device)
-            session.strategy.play_out()
-        if not session.ranks.any(bool(reason)):
-            return cast(T, result)
-        reason = next(text for text in session.ranks.words(reason) if text)
-        if not evaluating:
-            session.optimizer.zero_grad()
-        session.strategy.start_over()
-        release_cached(session.device)
-        restore_rng(rng)
-        size = session.eval_batch if evaluating else session.micro_batch
-        name = "eval_batch_size" if evaluating else "batch_size"
-        if size == 1:
-            raise GptfitError(
-                f"out of memory with {name}=1: {reason}",
-                "gptfit plan shows what fits; activation_checkpointing=block and a smaller block_size need less",
-            )
-        size -= max(1, size // 8)
-        if evaluating:
-            session.eval_batch = size
-        else:
-            session.micro_batch = size
-        session.emit(Note(f"out of memory; going on with micro-batches of {size}, the same tokens a step ({reason})"))
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate" in str(error)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).split("\n")[0].split(". GPU")[0][:200]
+def split(starts: np.ndarray, at_most: int, largest_share: int) -> list[np.ndarray]:
+    """Pieces of equal size, to within one, none larger than `at_most`; as many on each rank, whose shares are up to
+    `largest_share`."""
+    return np.array_split(starts, -(-largest_share // at_most))

@@ -1,0 +1,62 @@
+"""A run while it goes."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from gptfit.checkpoint import Checkpoint, rng_state
+from gptfit.config import RunConfig
+from gptfit.data import Dataset
+from gptfit.distributed import Ranks
+from gptfit.events import Event, Started
+from gptfit.model import GPT
+from gptfit.optim import Stepper
+from gptfit.parallel import Strategy
+
+
+@dataclass(frozen=True, slots=True)
+class Good:
+    """A step that fitted: its micro-batch, and the most that the allocator handed out in it."""
+
+    micro_batch: int
+    allocated_bytes: int
+
+
+@dataclass(slots=True)
+class Session:
+    """What changes while a run goes: the model, its optimizer, completed steps, the micro-batch that fits."""
+
+    run: RunConfig
+    device: torch.device
+    data: Dataset
+    model: GPT
+    optimizer: Stepper
+    scaler: torch.amp.GradScaler
+    emit: Callable[[Event], None]
+    ranks: Ranks
+    strategy: Strategy
+    step: int = 0
+    micro_batch: int = 0
+    eval_batch: int = 0
+    good: Good | None = None  # the last one, on a GPU
+
+    def started(self, out: Path) -> Started:
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else str(self.device)
+        name = f"{self.ranks.size} × {name}" if self.ranks.size > 1 else name
+        n_params = sum(parameter.numel() for parameter in self.model.parameters())
+        data = self.data
+        return Started(self.run, name, n_params, data.name, len(data.train), data.tokenizer, self.step, out)
+
+    def checkpoint(self) -> Checkpoint:
+        return Checkpoint(
+            step=self.step,
+            run=self.run,
+            model=self.strategy.gathered(self.model.state_dict()),
+            optimizer=self.strategy.gathered(self.optimizer.state_dict()),
+            scaler=self.scaler.state_dict(),
+            rng=rng_state(),
+            tokenizer=self.data.tokenizer,
+            data_fingerprint=self.data.fingerprint,
+        )
