@@ -1,12 +1,11 @@
 """The trainer's step beside nanoGPT's: time and peak memory, the same model, data and tokens.
 
-    python benchmarks/step_vs_nanogpt.py [--compile] [--rounds 7] [--sizes small,wide] [--device cpu] [KEY=VALUE …]
+    python benchmarks/step_vs_nanogpt.py [--compile] [--rounds 7] [--sizes small,wide] [--threads 1] [KEY=VALUE …]
 
-Ours is train.py's own step. nanoGPT's is written here as its train.py has it, around nanogpt_reference.py's model,
-with one gift: the fused AdamW, which nanoGPT takes on CUDA alone, so that no optimizer decides the comparison. Both
-start from the same weights and take turns, step by step: what slows the machine down slows down both. A ratio is the
-median over the rounds of ours over nanoGPT's in that round. Peaks are those of a trace of both, on fake tensors, as
-they would be on a GPU; they do not depend on the machine.
+Ours is train.py's own step, nanoGPT's that of nanogpt_train.py. They take turns, step by step: what slows the machine
+down slows down both. A ratio is the median over the rounds of ours over nanoGPT's in that round. One thread unless
+told otherwise: threads that wait for one another measure a busy machine's other work. Peaks are those of a trace of
+both, on fake tensors, as they would be on a GPU; they do not depend on the machine.
 """
 
 import argparse
@@ -18,16 +17,14 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor
+from nanogpt_train import NanoGPTTrainer
 
 from gptfit.config import RunConfig, derive, make_run
 from gptfit.data import TRAIN
-from gptfit.device import DTYPES
 from gptfit.distributed import launched
-from gptfit.nanogpt_reference import NanoGPT
 from gptfit.scalars import parse_override
 from gptfit.trace import trace_program
-from gptfit.train import Session, _set_up, _step  # pyright: ignore[reportPrivateUsage]
+from gptfit.train import _set_up, _step  # pyright: ignore[reportPrivateUsage]
 
 SMALL = {"n_layer": 4, "n_head": 4, "n_embd": 128, "vocab_size": 320, "block_size": 128, "batch_size": 16}
 # GPT-2 124M's width and vocabulary, two of its layers.
@@ -36,47 +33,6 @@ SIZES = {"small": SMALL, "wide": WIDE}
 COMMON = {"dtype": "float32", "gradient_accumulation_steps": 1, "eval_interval": 0}
 # Where memory is compared at full size: GPT-2 124M as nanoGPT trains it, bf16, a micro-batch of 12.
 FULL = {"compile": False, "gradient_accumulation_steps": 40}
-
-
-def nanogpt_stepper(run: RunConfig, session: Session) -> Callable[[], float]:
-    """One step of nanoGPT's train.py on the data of `session`, from its weights; returns the loss that it logs."""
-    device, tokens = session.device, session.data.tokens(TRAIN)
-    model = NanoGPT(run)
-    model.load_state_dict(session.model.state_dict())
-    model.to(device)
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": run.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=run.learning_rate, betas=(run.beta1, run.beta2), fused=True)
-    scaler: Any = torch.amp.GradScaler(device.type, enabled=run.dtype == "float16")
-    autocast = torch.autocast(device.type, DTYPES[run.dtype], enabled=run.dtype != "float32")
-    call: Any = torch.compile(model) if run.compile else model
-
-    def get_batch() -> tuple[Tensor, Tensor]:
-        starts = torch.randint(len(tokens) - run.block_size, (run.batch_size,)).tolist()
-        rows = [torch.from_numpy(tokens[i : i + run.block_size + 1].astype("int64")) for i in starts]
-        x, y = torch.stack([row[:-1] for row in rows]), torch.stack([row[1:] for row in rows])
-        return x.to(device), y.to(device)
-
-    batch = get_batch()
-
-    def step() -> float:
-        nonlocal batch
-        loss = torch.zeros(())
-        for _ in range(run.micro_steps):
-            with autocast:
-                _logits, loss = call(*batch)
-                loss = loss / run.micro_steps
-            batch = get_batch()
-            scaler.scale(loss).backward()
-        scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), run.grad_clip)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        return loss.item() * run.micro_steps
-
-    return step
 
 
 def timed(step: Callable[[], Any]) -> float:
@@ -90,7 +46,8 @@ def time_steps(run: RunConfig, device: str, rounds: int) -> tuple[float, float, 
     """Median seconds a step, ours and nanoGPT's, and the median of their ratios."""
     with tempfile.TemporaryDirectory() as folder:
         session, _ = _set_up(run, Path(folder), False, device, launched(), lambda event: None)
-        ours, theirs = (lambda: _step(session)), nanogpt_stepper(run, session)
+        nanogpt = NanoGPTTrainer(run, session.data.tokens(TRAIN), session.device)
+        ours, theirs = (lambda: _step(session)), nanogpt.step
         for step in (ours, theirs) * 2:  # the steady step is the second
             step()
         pairs: list[tuple[float, float]] = []
@@ -106,8 +63,8 @@ def time_steps(run: RunConfig, device: str, rounds: int) -> tuple[float, float, 
 
 def peaks(run: RunConfig) -> tuple[float, float]:
     """Peak MiB of live tensors in a traced step, ours and nanoGPT's."""
-    their_run = derive(run, loss="full", activation_checkpointing="none", expandable_segments=False)
-    own, their = trace_program(run).live_bytes, trace_program(their_run, "nanogpt").live_bytes
+    plain = derive(run, loss="full", activation_checkpointing="none", recompute_cheap=False, expandable_segments=False)
+    own, their = trace_program(run).live_bytes, trace_program(plain, "nanogpt").live_bytes
     return own / 2**20, their / 2**20
 
 
@@ -120,10 +77,12 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="both under torch.compile (needs a C++ compiler)")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--sizes", default=",".join(SIZES))
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--no-memory", action="store_true", help="time alone")
     parser.add_argument("changes", nargs="*", metavar="KEY=VALUE")
     given = parser.parse_args()
+    torch.set_num_threads(given.threads)
     changes = dict(parse_override(change) for change in given.changes)
     print(f"{'size':<22} {'figure':<14} {'gptfit':>10} {'nanoGPT':>10} {'ratio':>7}")
     for size in given.sizes.split(","):
@@ -134,8 +93,9 @@ def main() -> None:
             own, their = peaks(run)
             row(size, "peak MiB", own, their, own / their)
     if not given.no_memory:
-        own, their = peaks(make_run({**FULL, "compile": given.compile}))
-        row("GPT-2 124M, 12×1024", "peak MiB", own, their, own / their)
+        for cheap in (False,) if given.compile else (False, True):
+            own, their = peaks(make_run({**FULL, "compile": given.compile, "recompute_cheap": cheap}))
+            row("124M, recompute_cheap" if cheap else "GPT-2 124M, 12×1024", "peak MiB", own, their, own / their)
 
 
 if __name__ == "__main__":
