@@ -72,6 +72,7 @@ class RunConfig(ModelConfig):
     checkpoint_every: int = Field(1, ge=1)
     activation_offload: bool = False
     recompute_cheap: bool = False
+    activation_memory_budget: float = Field(1.0, gt=0.0, le=1.0)
 
     optimizer: Literal["adamw", "adamw16bit", "adamw8bit", "adafactor", "lion", "muon", "sgd"] = "adamw"
     optimizer_impl: Literal["fused", "foreach", "for-loop"] = "fused"
@@ -129,6 +130,19 @@ class RunConfig(ModelConfig):
         ):
             if self.compile and getattr(self, key) == value:
                 raise ValueError(f"{key}={value} is for compile=False: a compiled step chooses itself what it keeps")
+        return self
+
+    @model_validator(mode="after")
+    def _compiled_alone(self) -> Self:
+        """The budget is for what torch's partitioner keeps of a compiled graph; block checkpoints say it themselves."""
+        budget = f"activation_memory_budget={self.activation_memory_budget:g}"
+        if self.activation_memory_budget < 1 and not self.compile:
+            raise ValueError(f"{budget} is for compile=True: it tells the compiled step what to keep")
+        if self.activation_memory_budget < 1 and self.activation_checkpointing != "none":
+            raise ValueError(
+                f"{budget} goes with activation_checkpointing=none, not {self.activation_checkpointing}: "
+                "both say what is computed again"
+            )
         return self
 
     @model_validator(mode="after")

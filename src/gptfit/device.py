@@ -88,6 +88,7 @@ def adapt(run: RunConfig, device: torch.device) -> tuple[RunConfig, tuple[str, .
     only what nobody asked for is changed.
     """
     changes: dict[str, object] = {}
+    eager = {"compile": False, "activation_memory_budget": 1.0}
     notes = []
     cuda = capability(device)
     if cuda is not None:
@@ -95,14 +96,14 @@ def adapt(run: RunConfig, device: torch.device) -> tuple[RunConfig, tuple[str, .
             changes["dtype"] = "float16"
             notes.append(f"dtype=float16: this GPU (compute capability {cuda[0]}.{cuda[1]}) has no bfloat16")
         if run.compile and cuda < COMPILE_CAPABILITY:
-            changes["compile"] = False
+            changes |= eager
             notes.append(f"compile=False: this GPU (compute capability {cuda[0]}.{cuda[1]}) is too old for Triton")
     elif device.type == "cpu":
         if run.dtype != "float32" and "dtype" not in run.model_fields_set:
             changes["dtype"] = "float32"
             notes.append("dtype=float32: on a CPU half precision is slower")
         if run.compile and "compile" not in run.model_fields_set:
-            changes["compile"] = False
+            changes |= eager
             notes.append("compile=False: on a CPU compiling takes longer than it saves")
     return (derive(run, **changes) if changes else run), tuple(notes)
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._functorch import config as functorch_config
 from torch.nn.utils.stateless import _reparametrize_module
 
 from gptfit.recorder import Recorder, tensors_in
@@ -29,9 +30,9 @@ Call = Callable[[list[Any]], Any]
 SETTINGS = {"cpp.simdlen": 1, "fx_graph_cache": False}
 
 
-def plan_module(model: nn.Module, recorder: Recorder, method: str = "forward") -> None:
+def plan_module(model: nn.Module, recorder: Recorder, method: str = "forward", budget: float = 1.0) -> None:
     """Replaces `method` of `model` by what torch.compile would run for it, kernels left out. Training and evaluation
-    are lowered each at its first call, unrecorded."""
+    are lowered each at its first call, unrecorded. `budget` is torch's activation_memory_budget."""
     original = getattr(type(model), method)
     own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     ready: dict[bool, Callable[..., Any]] = {}
@@ -46,6 +47,7 @@ def plan_module(model: nn.Module, recorder: Recorder, method: str = "forward") -
             with (
                 recorder.paused(),
                 warnings.catch_warnings(action="ignore"),
+                functorch_config.patch(activation_memory_budget=budget),
             ):  # they are about compiling, or torch's own
                 ready[key] = planned(functional, recorder)
                 lower_now(ready[key], list(own.values()), inputs)

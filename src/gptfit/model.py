@@ -36,6 +36,7 @@ from typing import Any, NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._functorch import config as functorch_config
 from torch.utils.checkpoint import checkpoint
 
 from gptfit.config import ModelConfig, RunConfig
@@ -267,9 +268,16 @@ class GPT(nn.Module):
         return soft_cap(self.lm_head(self.hidden(idx_BT)[:, -1]), self.run.logit_softcap).float()
 
 
+def set_memory_budget(run: RunConfig) -> None:
+    """Says what share of its usual activations a compiled graph may keep for backward. torch reads it where it cuts a
+    graph into forward and backward: at the first forward, and at a later one of other shapes."""
+    functorch_config.activation_memory_budget = run.activation_memory_budget
+
+
 def compile_model(model: GPT, **options: Any) -> None:
     """Compiles `model` in place; `options` are torch.compile's. With the chunked loss everything but the loss:
     its loop over chunks would be unrolled into the graph, and it is made of few large kernels already."""
+    set_memory_budget(model.run)
     if model.run.loss == "chunked":
         model.hidden = torch.compile(model.hidden, **options)
     else:

@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_map_only
 from gptfit.config import RunConfig
 from gptfit.distributed import Ranks
 from gptfit.errors import GptfitError
-from gptfit.model import GPT, compile_model
+from gptfit.model import GPT, compile_model, set_memory_budget
 from gptfit.optim import Stepper
 
 REHEARSED_TOKENS = 8
@@ -222,6 +222,7 @@ class Sharded(Alone):
 
     def compile(self) -> None:
         """Block by block: gathering happens between them."""
+        set_memory_budget(self.model.run)
         for block in cast(nn.ModuleList, self.model.transformer["h"]):
             block.compile()
 

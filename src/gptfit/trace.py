@@ -198,7 +198,7 @@ def trace_module(
 
         model = make()
         if run.compile:
-            plan_module(model, recorder)
+            plan_module(model, recorder, budget=run.activation_memory_budget)
         return training_job(run, recorder, model, forward, labelled, autocast_of(run))
 
     return trace_step(job, steps)
@@ -312,7 +312,7 @@ def nanogpt_job(run: RunConfig, recorder: Recorder) -> Job:
     """nanoGPT's model returns logits and loss, and its loop holds on to both."""
     model = NanoGPT(run)
     if run.compile:
-        plan_module(model, recorder)
+        plan_module(model, recorder, budget=run.activation_memory_budget)
     return training_job(
         run,
         recorder,
@@ -344,7 +344,8 @@ def gptfit_job(run: RunConfig, recorder: Recorder) -> Job:
     if run.activation_offload:
         model.saving = TracedOffload(recorder)
     if run.compile:
-        plan_module(model, recorder, "hidden" if run.loss == "chunked" else "forward")
+        method = "hidden" if run.loss == "chunked" else "forward"
+        plan_module(model, recorder, method, run.activation_memory_budget)
     return training_job(
         run,
         recorder,

@@ -46,7 +46,7 @@ def sampling(run: RunConfig, program: str) -> list[Item]:
     """One token drawn, block_size of them seen: no gradients, not compiled, logits of the last position alone."""
     w = Writer(run.n_layer)
     w.grad_enabled = w.training = False
-    one = derive(run, batch_size=1, compile=False)
+    one = derive(run, batch_size=1, compile=False, activation_memory_budget=1.0)
     twin = PROGRAMS[program](w, one)
     idx = w.empty(*batch_buffers(one)[0][:4])
     logits, _ = twin.forward(idx, None)
