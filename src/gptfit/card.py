@@ -67,7 +67,7 @@ def _named(profile: GpuProfile, reserve_bytes: int | None) -> Card:
     if reserve_bytes is not None or not profile.display_bytes:
         return Card(profile, reserve_bytes or 0)
     left = format_bytes(profile.display_bytes)
-    note = f"{left} of the card are left to a desktop, as it usually has one; --reserve 0 where it has none"
+    note = f"{left} are left to a desktop; --reserve 0 where there is none"
     return Card(profile, profile.display_bytes, (note,))
 
 

@@ -113,8 +113,8 @@ def shares(estimate: Needs) -> list[tuple[str, int]]:
     """What the process holds at its peak, in parts that add up to `process_bytes`."""
     return [
         *estimate.breakdown(),
-        ("held free by the allocator", estimate.reserved_bytes - estimate.allocated_bytes),
-        ("CUDA context, libraries", estimate.process_bytes - estimate.reserved_bytes),
+        ("slack, held free by the allocator", estimate.reserved_bytes - estimate.allocated_bytes),
+        ("context, libraries", estimate.process_bytes - estimate.reserved_bytes),
     ]
 
 

@@ -7,7 +7,18 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from gptfit.asked import Asked
-from gptfit.report.terminal import QUIET, commands, hanging, headline, live_rows, margin_text, memory_rows, table, title
+from gptfit.report.terminal import (
+    QUIET,
+    commands,
+    hanging,
+    headline,
+    live_rows,
+    margin_text,
+    memory_rows,
+    peak_title,
+    table,
+    title,
+)
 from gptfit.units import format_bytes, format_mib
 
 if TYPE_CHECKING:
@@ -20,7 +31,7 @@ def trace_view(report: "TraceReport", verbose: bool = False) -> Iterator[Rendera
     """One traced step's memory."""
     yield headline(report.verdict, margin_text(report), report.certain)
     yield Text(step_text(report))
-    yield title(f"Memory at the peak, in {report.phase} ({report.op})")
+    yield peak_title(report)
     yield memory_rows(report)
     yield Text("")
     yield live_rows(report)
