@@ -304,6 +304,7 @@ NANOGPT_ONLY: dict[str, object] = {
     "loss": "full",
     "activation_checkpointing": "none",
     "activation_offload": False,
+    "recompute_cheap": False,
     "attention": "flash",
     "param_dtype": "float32",
     "optimizer": "adamw",
