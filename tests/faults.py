@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,10 +25,11 @@ adam: Any = importlib.import_module("torch.optim.adam")  # torch.optim takes the
 
 @dataclass(frozen=True)
 class Fault:
-    """Once, in step `step` (from 0), on `rank` (-1: on all), in the `call`-th call of a block's forward or backward,
-    or of the optimizer's step or its update of a group of parameters, or in the evaluation after that step."""
+    """What is missing, or a SIGTERM: once, in step `step` (from 0), on `rank` (-1: on all). `call` counts calls of a
+    block's forward or backward, of the optimizer's step, or of its update of a group; an evaluation's in the step
+    before it."""
 
-    where: str  # forward, backward, optimizer, group, evaluation
+    where: str  # forward, backward, optimizer, group, evaluation, signal
     step: int
     rank: int = 0
     call: int = 0
@@ -50,6 +52,9 @@ def injected(faults: list[Fault]) -> Iterator[None]:
     def step(session: Any) -> Any:
         now[0] = session.step
         calls.clear()
+        for fault in [f for f in left if (f.where, f.step) == ("signal", session.step)]:
+            left.remove(fault)
+            os.kill(os.getpid(), signal.SIGTERM)
         return real_step(session)
 
     def forward(self: Block, x_BTC: Tensor, *rest: Any) -> Tensor:

@@ -1,6 +1,7 @@
 """Two processes that talk through gloo train as one does: the same losses, the same files, the same end."""
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -11,12 +12,14 @@ import numpy as np
 import pytest
 import torch
 
+from faults import Fault
 from gptfit import checkpoint, metrics
 from gptfit.config import make_run
 from gptfit.distributed import Ranks, check_size, launched
 from gptfit.errors import GptfitError
+from gptfit.model import GPT
 from gptfit.train import train
-from ranks import Job, train_together
+from ranks import Job, as_processes, train_together
 
 torch.set_num_threads(1)
 
@@ -77,6 +80,32 @@ def test_rank_0_alone_tells_and_writes(trained, strategy):
     assert said(trained, strategy, 1)["step"] == 20
     names = sorted(path.name for path in (trained / strategy).iterdir())
     assert names == ["checkpoint-00000010.pt", "checkpoint-00000020.pt", "metrics.jsonl", "run.yaml"]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_signal_to_one_process_ends_both_with_a_checkpoint(dataset, tmp_path, strategy):
+    keys = small(dataset, n_gpus=2, strategy=strategy)
+    train_together(tmp_path, 2, [Job("run", keys, faults=[Fault("signal", 2, rank=1)])])
+    for rank in (0, 1):
+        assert (said(tmp_path, "run", rank)["step"], said(tmp_path, "run", rank)["stopped_by"]) == (3, "SIGTERM")
+    found = checkpoint.latest_valid(tmp_path / "run")
+    assert found is not None and found.checkpoint.step == 3
+
+
+def diverge(rank: int, run: dict[str, Any], folder: Path) -> None:
+    """Trains with a loss that is no number on rank 1 alone; says how it ended."""
+    real = GPT.forward
+    GPT.forward = lambda self, x, y: real(self, x, y) * (math.nan if rank == 1 and len(x) == 3 else 1)
+    try:
+        train(make_run(run), folder / "run", device_name="cpu")
+    except (GptfitError, SystemExit) as error:
+        (folder / f"end-{rank}").write_text(f"{type(error).__name__}: {error}")
+
+
+def test_a_loss_that_is_no_number_on_one_rank_ends_both_and_is_said_once(dataset, tmp_path):
+    as_processes(2, diverge, small(dataset, n_gpus=2), tmp_path)
+    assert (tmp_path / "end-0").read_text().startswith("GptfitError: the loss of step 1 is nan")
+    assert (tmp_path / "end-1").read_text() == "SystemExit: 2"
 
 
 def test_the_shares_of_the_ranks_are_the_sequences_of_the_step():

@@ -4,6 +4,7 @@ torchrun starts them and says by environment variables who is who. Words between
 number) are CPU tensors through gloo, so that they need nothing of a GPU that has just run out of memory.
 """
 
+import gc
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -132,6 +133,8 @@ def joined(ranks: Ranks) -> Iterator[None]:
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
         yield
+        ranks.any(False)  # nobody leaves while another still talks
     finally:
+        gc.collect()  # what holds the group in a cycle would end its threads when Python is gone
         with suppress(RuntimeError, ValueError):
             dist.destroy_process_group()

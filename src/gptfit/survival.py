@@ -56,17 +56,9 @@ def fitting(session: Session, attempt: Callable[[], T], evaluating: bool = False
         release_cached(session.device)
         restore_rng(rng)
         size = session.eval_batch if evaluating else session.micro_batch
-        if session.run.optimizer_in_backward and not evaluating:
-            raise GptfitError(
-                f"out of memory with optimizer_in_backward, where some parameters may have moved: {reason}",
-                "resume with a smaller batch_size; gptfit plan shows what fits",
-            )
         failed = derive(session.run, eval_batch_size=size) if evaluating else session.run
-        if size == 1:
-            raise GptfitError(
-                f"out of memory with {name}=1: {reason}",
-                "gptfit plan shows what fits; activation_checkpointing=block and a smaller block_size need less",
-            )
+        with session.ranks.together():
+            check_again(session.run, name, size, evaluating, reason)
         if room is not None:
             room = round(room * (1 - LESS_ROOM) ** (failures - 1))
         size = -int(session.ranks.largest(-smaller(session, size, room, evaluating))[0])
@@ -77,6 +69,20 @@ def fitting(session: Session, attempt: Callable[[], T], evaluating: bool = False
         session.emit(Note(f"out of memory; going on with micro-batches of {size}, the same tokens a step ({reason})"))
         if why := explained(trace, failed):
             session.emit(Note(f"why: {why}"))
+
+
+def check_again(run: RunConfig, name: str, size: int, evaluating: bool, reason: str) -> None:
+    """Raises GptfitError where what ran out of memory cannot be done again with less."""
+    if run.optimizer_in_backward and not evaluating:
+        raise GptfitError(
+            f"out of memory with optimizer_in_backward, where some parameters may have moved: {reason}",
+            "resume with a smaller batch_size; gptfit plan shows what fits",
+        )
+    if size == 1:
+        raise GptfitError(
+            f"out of memory with {name}=1: {reason}",
+            "gptfit plan shows what fits; activation_checkpointing=block and a smaller block_size need less",
+        )
 
 
 def smaller(session: Session, size: int, room: int | None, evaluating: bool = False) -> int:

@@ -131,7 +131,7 @@ def _set_up(
     with ranks.together():
         device = own_device(device_name, ranks)
         run, notes = adapt(run, device)
-        if ranks.first:
+        if ranks.first and ranks.size > 1:
             open_dataset(run)  # prepares the built-in one, which the others then find
     with ranks.together():
         data = open_dataset(run)
@@ -236,10 +236,11 @@ def _step(session: Session) -> Stepped:
     session.strategy.zero_grad(optimizer)
     mean = session.ranks.total(float(loss) / session.ranks.size)[0]  # waits for the GPU
     session.step += 1
-    if not math.isfinite(mean):
-        raise GptfitError(
-            f"the loss of step {session.step} is {mean}", "lower learning_rate, or resume from the last checkpoint"
-        )
+    with session.ranks.together():
+        if not math.isfinite(mean):
+            raise GptfitError(
+                f"the loss of step {session.step} is {mean}", "lower learning_rate, or resume from the last checkpoint"
+            )
     seconds = time.perf_counter() - began
     held = held_memory(session.device)
     session.good = Good(session.micro_batch, held.allocated_bytes) if held else None
