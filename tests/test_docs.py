@@ -1,47 +1,36 @@
-"""The README says what the program does: outputs are run again, commands and options exist, no figure stands alone.
+"""The documents say what the program does: what they show is made again, what they name exists, links lead somewhere.
 
-`python tests/test_docs.py` writes the present outputs into README.md.
+How: documents.py. `python tests/test_docs.py` (`make docs`) writes the present outputs and figures.
 """
 
-import contextlib
-import io
 import os
 import re
 import shlex
+import shutil
+import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-import typer
 
-from gptfit.cli import app, main
+from documents import (
+    FENCE,
+    NOT_RUN,
+    PAGES,
+    README,
+    ROOT,
+    SESSION,
+    prose,
+    reason_not_to_run,
+    refreshed,
+    run,
+    run_in,
+    shell_commands,
+)
+from figures import COMMANDS, public_functions
 
-ROOT = Path(__file__).parents[1]
-README = ROOT / "README.md"
-DOCS = (README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md")
-
-# A block of a shell session: one command behind `$`, and all that it prints.
-SESSION = re.compile(r"^```console\n\$ (gptfit [^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
+DOCS = (README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *PAGES)
 FIGURE = re.compile(r"\d[\d.,]*\s*(?:[KMGT]i?B\b|tokens/s|%|times\b|x faster)")
-
-root = typer.main.get_command(app)
-
-
-def run(command: str, width: int = 80) -> str:
-    """What `gptfit …` prints on a pipe so many columns wide, or its error."""
-    printed = io.StringIO()
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        contextlib.redirect_stdout(printed),
-        contextlib.redirect_stderr(printed),
-    ):
-        patch.setenv("COLUMNS", str(width))
-        patch.setenv("GPTFIT_PROFILES", os.devnull)
-        patch.chdir(ROOT)
-        with contextlib.suppress(SystemExit):
-            main(shlex.split(command)[1:])
-    return printed.getvalue()
+LINK = re.compile(r"\]\(([^)\s]+)\)")
 
 
 def sessions() -> list[tuple[str, str]]:
@@ -54,26 +43,36 @@ def typed_commands() -> list[str]:
     for path in DOCS:
         text = path.read_text(encoding="utf-8")
         for fence in FENCE.findall(text):
-            found += re.findall(r"^(?:\$ )?((?:gptfit|make) [^\n#]*)", fence, re.MULTILINE)
+            if not fence.startswith("```text"):
+                found += re.findall(r"^(?:\$ )?((?:gptfit|make) [^\n#]*)", fence, re.MULTILINE)
         found += re.findall(r"`((?:gptfit|make) [^`\n]*)`", FENCE.sub("", text))
     return sorted({command.strip() for command in found})
-
-
-def commands_of(group: Any, path: str = "") -> dict[str, Any]:
-    """All commands by the words that reach them: `plan`, `data prepare`."""
-    found: dict[str, Any] = {}
-    for name, command in getattr(group, "commands", {}).items():
-        words = f"{path} {name}".strip()
-        found |= commands_of(command, words) if hasattr(command, "commands") else {words: command}
-    return found
-
-
-COMMANDS = commands_of(root)
 
 
 @pytest.mark.parametrize("command, printed", sessions(), ids=[command for command, _ in sessions()])
 def test_an_output_in_the_readme_is_what_the_command_prints(command: str, printed: str) -> None:
     assert run(command) == printed, "python tests/test_docs.py writes the present output"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_page_is_what_the_program_says(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert text == refreshed(text), "make docs writes the present page"
+
+
+def commands_to_run() -> list[str]:
+    return sorted(
+        {line for page in PAGES for line in shell_commands(page.read_text("utf-8")) if reason_not_to_run(line) is None}
+    )
+
+
+@pytest.mark.parametrize("line", commands_to_run())
+def test_a_command_in_a_page_runs(line: str, tmp_path: Path) -> None:
+    """It answers, yes or no. Its output is not shown, so not compared."""
+    shutil.copytree(ROOT / "docs" / "examples", tmp_path / "docs" / "examples")
+    assert line.startswith("gptfit "), f"neither run nor listed as not to be run: {line}"
+    code, printed = run_in(tmp_path, line)
+    assert code in (0, 1), printed
 
 
 @pytest.mark.parametrize("line", typed_commands())
@@ -98,13 +97,52 @@ def test_every_command_is_in_the_readme() -> None:
     assert [name for name in COMMANDS if f"gptfit {name}" not in text] == []
 
 
+def test_what_is_not_run_is_shown_somewhere() -> None:
+    """A reason that nothing needs any more has to go."""
+    lines = [line for page in PAGES for line in shell_commands(page.read_text("utf-8"))]
+    assert {reason_not_to_run(line) for line in lines} - {None} <= set(NOT_RUN.values())
+
+
 @pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
 def test_no_figure_stands_outside_of_an_output(path: Path) -> None:
-    assert FIGURE.findall(FENCE.sub("", path.read_text(encoding="utf-8"))) == []
+    assert FIGURE.findall(prose(path.read_text(encoding="utf-8"))) == []
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
+def test_a_link_leads_to_a_file_and_a_heading(path: Path) -> None:
+    for target in LINK.findall(FENCE.sub("", path.read_text(encoding="utf-8"))):
+        if target.startswith("http"):
+            continue
+        name, _, anchor = target.partition("#")
+        file = (path.parent / name) if name else path
+        assert file.exists(), f"{target} is no file"
+        if anchor:
+            assert anchor in anchors(file.read_text(encoding="utf-8")), f"{target}: no such heading"
+
+
+def anchors(text: str) -> list[str]:
+    """Headings as GitHub links them."""
+    headings = re.findall(r"^#+ (.*)$", FENCE.sub("", text), re.MULTILINE)
+    return [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_page_can_be_found_and_read(page: Path) -> None:
+    """The README leads to it; a comment at the start of a line would swallow the words behind it."""
+    text = page.read_text(encoding="utf-8")
+    assert f"docs/{page.name}" in README.read_text(encoding="utf-8")
+    for line in FENCE.sub("", text).splitlines():
+        assert not line.startswith("<!--") or line.endswith("-->") or line == "<!-- figures", line
+        assert len(re.sub(r"<!--.*?-->", "", line)) <= 120 or line.startswith(("|", "<!--")), line
 
 
 def test_the_readme_shows_outputs() -> None:
     assert len(sessions()) >= 2
+
+
+def test_every_function_is_in_the_pages() -> None:
+    text = (ROOT / "docs" / "python-api.md").read_text(encoding="utf-8")
+    assert [name for name in public_functions() if f"gptfit.{name}(" not in text] == []
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -118,12 +156,12 @@ def test_every_command_explains_itself(name: str) -> None:
             assert parameter.help, f"{name} {parameter.opts} has no help"
 
 
-def write_outputs() -> None:
-    text = README.read_text(encoding="utf-8")
-    text = SESSION.sub(lambda match: f"```console\n$ {match[1]}\n{run(match[1])}```", text)
-    README.write_text(text, encoding="utf-8")
+def write(paths: list[str]) -> None:
+    for path in map(Path, paths) if paths else (README, *PAGES):
+        text = path.read_text(encoding="utf-8")
+        path.write_text(refreshed(text), encoding="utf-8")
 
 
 if __name__ == "__main__":
     os.chdir(ROOT)
-    write_outputs()
+    write(sys.argv[1:])

@@ -1,0 +1,137 @@
+"""What the documents say is what the program says: outputs, figures and examples in them are made again.
+
+* A block of a shell session, `console`, is one command behind `$` and all that it prints.
+* `<!--= expression -->text<!--/-->` is the expression's value. Its names are those of figures.py, and those that the
+  page sets in a block `<!-- figures … -->`.
+* A block `pycon` is a Python session from the top of the page to its end; what it prints is made again, too.
+* A block `sh` is a list of commands: each is run, in a folder of its own, unless NOT_RUN says why it is not.
+
+`make docs` writes them all.
+"""
+
+import contextlib
+import doctest
+import io
+import os
+import re
+import shlex
+import sys
+import textwrap
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gptfit.cli import main
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+
+SESSION = re.compile(r"^```console\n\$ (gptfit [^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+SHELL = re.compile(r"^```sh\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+PYTHON = re.compile(r"^```pycon\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
+SETTING = re.compile(r"^<!-- figures\n(.*?)^-->$", re.MULTILINE | re.DOTALL)
+VALUE = re.compile(r"<!--=(.*?)-->(.*?)<!--/-->", re.DOTALL)
+
+# What a page may show without its being run here, and why.
+NOT_RUN = {
+    "gptfit train": "trains for minutes; tests/test_train.py runs it",
+    "gptfit sample": "needs a trained run; tests/test_train.py",
+    "gptfit export": "needs a trained run; tests/test_export.py",
+    "gptfit data prepare": "needs the user's text; tests/test_data.py",
+    "gptfit measure": "needs a GPU; tests/test_calibration.py reads its rows",
+    "gptfit serve": "runs until Ctrl-C; tests/test_serve.py",
+    "gptfit doctor": "says what this machine is; tests/test_doctor.py",
+    "python": "nanoGPT's own scripts are not here",
+    "torchrun": "needs several GPUs; tests/test_distributed.py runs two processes",
+    "pip": "the network",
+    "export": "sets a variable of the shell",
+    "make": "runs the tests",
+}
+
+
+@cache
+def run(command: str, width: int = 80) -> str:
+    """What `gptfit …` prints on a pipe so many columns wide, or its error."""
+    return run_in(ROOT, command, width)[1]
+
+
+def run_in(folder: Path, command: str, width: int = 80) -> tuple[int, str]:
+    """The exit code, too, where it runs in `folder`."""
+    printed, code = io.StringIO(), 0
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(printed),
+        contextlib.redirect_stderr(printed),
+    ):
+        patch.setenv("COLUMNS", str(width))
+        patch.setenv("GPTFIT_PROFILES", os.devnull)
+        patch.chdir(folder)
+        try:
+            main(shlex.split(command, comments=True)[1:])
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+    return code, printed.getvalue()
+
+
+def refreshed(text: str) -> str:
+    """The page as it would be written now."""
+    text = SESSION.sub(lambda match: f"```console\n$ {match[1]}\n{run(match[1])}```", text)
+    return with_values(with_python(text))
+
+
+def with_values(text: str) -> str:
+    import figures
+
+    names: dict[str, Any] = dict(vars(figures))
+    for setting in SETTING.findall(text):
+        exec(setting, names)
+    return VALUE.sub(lambda match: f"<!--={match[1]}-->{eval(textwrap.dedent(match[1]).strip(), names)}<!--/-->", text)
+
+
+def with_python(text: str) -> str:
+    """Each example of a Python session, and what it prints."""
+    names: dict[str, Any] = {}
+
+    def session(match: re.Match[str]) -> str:
+        lines: list[str] = []
+        for example in doctest.DocTestParser().get_examples(match[1]):
+            first, *rest = example.source.splitlines()
+            lines += [f">>> {first}", *(f"... {line}" for line in rest), *printed(example.source, names)]
+        return "```pycon\n" + "".join(f"{line}\n" for line in lines) + "```"
+
+    return PYTHON.sub(session, text) if PYTHON.search(text) else text
+
+
+def printed(source: str, names: dict[str, Any]) -> list[str]:
+    shown = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(shown), contextlib.redirect_stderr(shown):
+        patch.chdir(ROOT)
+        patch.setenv("COLUMNS", "80")
+        patch.setenv("GPTFIT_PROFILES", os.devnull)
+        patch.setattr(sys, "displayhook", lambda value: print(repr(value)) if value is not None else None)
+        exec(compile(source, "<page>", "single"), names)
+    return shown.getvalue().splitlines()
+
+
+def shell_commands(text: str) -> list[str]:
+    """The lines of `sh` blocks, those that go on behind a backslash as one."""
+    lines = (line for block in SHELL.findall(text) for line in block.replace("\\\n", " ").splitlines())
+    return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+
+
+def reason_not_to_run(command: str) -> str | None:
+    words = shlex.split(command, comments=True)
+    while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
+        words.pop(0)
+    return next(
+        (NOT_RUN[name] for name in (" ".join(words[:3]), " ".join(words[:2]), words[0]) if name in NOT_RUN), None
+    )
+
+
+def prose(text: str) -> str:
+    """The page without its blocks and without what is computed."""
+    return VALUE.sub("", SETTING.sub("", FENCE.sub("", text)))
