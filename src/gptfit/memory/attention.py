@@ -152,7 +152,7 @@ def math_attention(w: Writer, heads: Heads, name: str, dropout: float = 0.0) -> 
     b, n_head, t, head_size = q.shape
     n_kv_head, dtype = k.shape[1], q.dtype
     grouped = n_kv_head != n_head
-    lies_by_head = heads.by_head or n_head == 1
+    lies_by_head = heads.by_head or n_head == 1 or b == 1  # of one sequence a view by head is enough
     scores: Shape = (b, n_head, t, t)
     low = dtype != "float32"
     w.flops += 4 * b * t * t * n_head * head_size * w.repeat
@@ -184,7 +184,7 @@ def math_attention(w: Writer, heads: Heads, name: str, dropout: float = 0.0) -> 
         weights = dropped
         del dropped
     if v_copy is None:
-        v_copy = Tensor(v.storage, v.shape, dtype) if n_head == 1 else like_q("v copy")
+        v_copy = Tensor(v.storage, v.shape, dtype) if n_head == 1 or b == 1 else like_q("v copy")
     out = w.empty(f"{name} by head", "activation", q_shape, dtype)
     del scores_32
 

@@ -25,13 +25,14 @@ class Storage:
     """Memory on the tape. Dropping the last reference writes the free: in a loop that of this round, after
     the loop in which it was made those of all rounds."""
 
-    __slots__ = ("buffer", "is_on_host", "rounds", "shift", "writer")
+    __slots__ = ("base", "buffer", "is_on_host", "rounds", "shift", "writer")
 
     def __init__(self, writer: "Writer", buffer: Buffer, shift: int = 0) -> None:
         self.writer: Writer | None = writer
         self.buffer = buffer
         self.shift = shift
         self.is_on_host = False
+        self.base: Storage | None = None  # of a saved part that stays where it is: what it keeps alive
         self.rounds = writer.rounds
 
     def __del__(self) -> None:
@@ -182,12 +183,13 @@ class Writer:
         part = make_buffer(f"{tensor.storage.buffer.name} part", "activation", tensor.shape, tensor.dtype)
         if not self.offload or tensor.storage.writer is None or part.n_bytes >= tensor.storage.buffer.n_bytes:
             return tensor.storage
-        if part.n_bytes < OFFLOAD_MIN_BYTES:
-            return tensor.storage
-        self.items += [Event(1, part, self.shift), Event(-1, part, self.shift)]
         kept = Storage(self, part, self.shift)
         kept.forget()
-        kept.is_on_host = True
+        if part.n_bytes < OFFLOAD_MIN_BYTES:
+            kept.base = tensor.storage
+        else:
+            self.items += [Event(1, part, self.shift), Event(-1, part, self.shift)]
+            kept.is_on_host = True
         return kept
 
     def to_host(self, storage: Storage) -> Storage:

@@ -182,7 +182,7 @@ class Program:
         stretches = [(self.embedding_nodes, 1), *((s.nodes, s.n) for s in self.segments), (self.head_nodes, 1)]
         seen: set[int] = set()
         for nodes, times in stretches:
-            for storage in (storage for node in nodes for storage in node.saved):
+            for storage in (storage.base or storage for node in nodes for storage in node.saved):
                 if storage.writer is not None and storage.buffer.category != "buffer" and id(storage) not in seen:
                     seen.add(id(storage))
                     total += storage.buffer.n_bytes * times
