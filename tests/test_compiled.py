@@ -179,6 +179,8 @@ def runs(draw: st.DrawFn) -> tuple[RunConfig, str]:
         "checkpoint_every": [1, 2, 3],
     }
     keys |= {key: draw(st.sampled_from(values)) for key, values in choices.items()}
+    if keys["param_dtype"] == "bfloat16":
+        keys["dtype"] = "bfloat16"
     return make_run(keys), "gptfit"
 
 

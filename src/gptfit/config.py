@@ -146,6 +146,13 @@ class RunConfig(ModelConfig):
         return self
 
     @model_validator(mode="after")
+    def _one_low_precision(self) -> Self:
+        """With weights in bf16 and activations in another dtype no norm has a kernel."""
+        if self.param_dtype == "bfloat16" and self.dtype != "bfloat16":
+            raise ValueError(f"param_dtype=bfloat16 computes in bfloat16, but dtype is {self.dtype}")
+        return self
+
+    @model_validator(mode="after")
     def _states_that_move(self) -> Self:
         """bf16 has 8 bits of precision: a change of less than 1/256 of a state is lost."""
         if self.optimizer == "adamw16bit" and self.beta2 > 0.99:

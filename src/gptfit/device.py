@@ -99,7 +99,7 @@ def adapt(run: RunConfig, device: torch.device) -> tuple[RunConfig, tuple[str, .
             changes |= eager
             notes.append(f"compile=False: this GPU (compute capability {cuda[0]}.{cuda[1]}) is too old for Triton")
     elif device.type == "cpu":
-        if run.dtype != "float32" and "dtype" not in run.model_fields_set:
+        if run.dtype != run.param_dtype and "dtype" not in run.model_fields_set:
             changes["dtype"] = "float32"
             notes.append("dtype=float32: on a CPU half precision is slower")
         if run.compile and "compile" not in run.model_fields_set:

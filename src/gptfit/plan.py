@@ -203,7 +203,14 @@ def options(run: RunConfig, profile: GpuProfile, kept: Iterable[str], allow: Seq
     for key in LAST_RESORT:
         if (key in allow or any(name in LAST_RESORT[key] for name in allow)) and key not in kept:
             free[key] = (getattr(run, key), *(value for value in LAST_RESORT[key] if value != getattr(run, key)))
-    return [dict(zip(free, values, strict=True)) for values in product(*free.values())]
+    every = [dict(zip(free, values, strict=True)) for values in product(*free.values())]
+    return [choice for choice in every if _is_valid(run, choice)]
+
+
+def _is_valid(run: RunConfig, choice: Mapping[str, object]) -> bool:
+    """Whether weights in bf16 meet activations in bf16 (config.py)."""
+    param_dtype, dtype = (choice.get(key, getattr(run, key)) for key in ("param_dtype", "dtype"))
+    return param_dtype != "bfloat16" or dtype == "bfloat16"
 
 
 def is_eager_alone(run: RunConfig) -> bool:

@@ -45,7 +45,8 @@ def sample(
 
 def load_model(checkpoint: Checkpoint, device: torch.device) -> GPT:
     """The checkpoint's model, ready to be asked. On a CPU it computes in float32, whatever it was trained in."""
-    run = derive(checkpoint.run, dtype="float32") if device.type == "cpu" else adapt(checkpoint.run, device)[0]
+    run = checkpoint.run
+    run = derive(run, dtype="float32", param_dtype="float32") if device.type == "cpu" else adapt(run, device)[0]
     model = GPT(run)
     model.load_state_dict(dict(checkpoint.model))
     return model.to(device).eval()
