@@ -232,7 +232,9 @@ def rms_norm(program: Ours, x: Tensor, weight: Tensor | None, name: str) -> Tens
             product = w.empty(f"{name} product", "temporary", shape, "float32")
             grad_weight = w.empty(f"{name} weight gradient", "temporary", weight_shape, weight_dtype)
             del product
-            scaled = w.empty(f"{name} scaled gradient", "temporary", shape, "float32")
+            scaled = w.empty(
+                f"{name} scaled gradient", "temporary", shape, dtype if weight_dtype == dtype else "float32"
+            )
         product = w.empty(f"{name} product", "temporary", shape, "float32")
         along = w.empty(f"{name} mean product", "temporary", rows, "float32")
         del product
