@@ -212,7 +212,7 @@ def math_attention(w: Writer, heads: Heads, name: str, dropout: float = 0.0) -> 
         return [temporary("dropped gradient", scores, dtype)]
 
     def out_backward(grad: Tensor, saved: Saved) -> list[Tensor]:
-        by_head = temporary("output gradient by head", q_shape, dtype) if n_head > 1 else grad
+        by_head = temporary("output gradient by head", q_shape, dtype) if n_head > 1 and b > 1 else grad
         grad_v, grad_weights = temporary("v gradient by head", q_shape, dtype), temporary("p gradient", scores, dtype)
         del by_head
         return [grad_weights, grad_v]
