@@ -24,8 +24,9 @@ from gptfit.config import RunConfig, derive, make_run
 from gptfit.data import TRAIN
 from gptfit.distributed import launched
 from gptfit.scalars import parse_override
+from gptfit.setup import set_up
 from gptfit.trace import trace_program
-from gptfit.train import _set_up, _step  # pyright: ignore[reportPrivateUsage]
+from gptfit.train import _step  # pyright: ignore[reportPrivateUsage]
 
 SMALL = {"n_layer": 4, "n_head": 4, "n_embd": 128, "vocab_size": 320, "block_size": 128, "batch_size": 16}
 # GPT-2 124M's width and vocabulary, two of its layers.
@@ -46,7 +47,7 @@ def timed(step: Callable[[], Any], clock: Callable[[], float]) -> float:
 def time_steps(run: RunConfig, device: str, rounds: int) -> tuple[float, float, float]:
     """Median seconds a step, ours and nanoGPT's, and the median of their ratios."""
     with tempfile.TemporaryDirectory() as folder:
-        session, _ = _set_up(run, Path(folder), False, device, launched(), lambda event: None)
+        session, _ = set_up(run, Path(folder), False, device, launched(), lambda event: None)
         nanogpt = NanoGPTTrainer(run, session.data.tokens(TRAIN), session.device)
         ours, theirs = (lambda: _step(session)), nanogpt.step
         for step in (ours, theirs) * 2:  # the steady step is the second

@@ -27,11 +27,24 @@ BFLOAT16_CAPABILITY = (8, 0)
 
 @dataclass(frozen=True, slots=True)
 class HeldMemory:
-    """Peaks of the allocator since they were last reset, and what the card's memory holds now, of any process."""
+    """Peaks of the allocator since they were last reset; and now: what the card's memory holds, of any process, what of
+    it is free, what the allocator holds, and how often it had to hand back what it had cached to get more."""
 
     allocated_bytes: int
     reserved_bytes: int
     card_used_bytes: int
+    free_bytes: int = 0
+    reserved_now_bytes: int = 0
+    retries: int = 0
+
+    @property
+    def room_bytes(self) -> int:
+        """What this process's tensors can take together, cached or free."""
+        return self.reserved_now_bytes + self.free_bytes
+
+    @property
+    def total_bytes(self) -> int:
+        return self.card_used_bytes + self.free_bytes
 
 
 def set_expandable_segments(wanted: bool) -> None:
@@ -119,7 +132,12 @@ def held_memory(device: torch.device) -> HeldMemory | None:
         return None
     free_bytes, total_bytes = torch.cuda.mem_get_info(device)
     return HeldMemory(
-        torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device), total_bytes - free_bytes
+        allocated_bytes=torch.cuda.max_memory_allocated(device),
+        reserved_bytes=torch.cuda.max_memory_reserved(device),
+        card_used_bytes=total_bytes - free_bytes,
+        free_bytes=free_bytes,
+        reserved_now_bytes=torch.cuda.memory_reserved(device),
+        retries=torch.cuda.memory_stats(device).get("num_alloc_retries", 0),
     )
 
 

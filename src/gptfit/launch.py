@@ -7,17 +7,19 @@ from pathlib import Path
 import torch
 
 from gptfit.asked import Asked
+from gptfit.autofit import AutoFit
 from gptfit.card import Card, detected_card
 from gptfit.config import RunConfig
 from gptfit.device import adapt, pick_device
 from gptfit.door import ConfigSource, read_config
-from gptfit.driver import detect
+from gptfit.driver import DriverGpu, detect
 from gptfit.errors import GptfitError
 from gptfit.estimate import Estimate, estimate
 from gptfit.events import Listener, Note
 from gptfit.levers import LeverEffect, effects
 from gptfit.plan import plan
-from gptfit.train import RUN_FILE
+from gptfit.session import Refit
+from gptfit.setup import RUN_FILE
 
 # Without a CONFIG, auto-fit trains what ends within minutes: on a CPU a preset made for it, on a GPU the first
 # twenty million tokens of GPT-2, 60 × 1024 a step.
@@ -33,12 +35,14 @@ GPU_OVERRIDES = (
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """The run to train; its estimate on the card (None without one), and, where that does not fit, what would help."""
+    """The run to train; its estimate on the card (None without one), and, where that does not fit, what would help.
+    `refit` judges a plan by what its second step measures."""
 
     run: RunConfig
     estimate: Estimate | None = None
     levers: tuple[LeverEffect, ...] = ()
     notes: tuple[str, ...] = ()
+    refit: Refit | None = None
 
     @property
     def refused(self) -> bool:
@@ -86,7 +90,7 @@ def prepare_launch(
         return Launch(source.run, notes=(*source.notes, f"not estimated: {error.message}"))
     run, notes = adapt(source.run, device)
     if auto_fit and resume_from is None:
-        return plan_launch(replace(source, run=run), card)
+        return plan_launch(replace(source, run=run), card, gpu)
     estimated = estimate(run, "gptfit", card.profile, card.reserve_bytes)
     launch = Launch(run, estimated, notes=(*source.notes, *card.notes, *notes))
     if launch.refused:
@@ -105,12 +109,13 @@ def choose_source(asked: Asked, auto_fit: bool, resume_from: Path | None, device
     return read_config(CPU_PRESET, asked.overrides)
 
 
-def plan_launch(source: ConfigSource, card: Card) -> Launch:
+def plan_launch(source: ConfigSource, card: Card, gpu: DriverGpu) -> Launch:
     """The best run that fits the card; where none does, the run as given with what would help."""
     planned = plan(source, card.profile, card.reserve_bytes)
-    if planned.run is None:
+    if planned.run is None or planned.estimate is None:
         return Launch(source.run, planned.as_given, planned.levers, source.notes)
-    return Launch(planned.run, planned.estimate, notes=(*source.notes, *planned.notes))
+    refit = AutoFit(source, card, gpu, planned.run, planned.estimate)
+    return Launch(planned.run, planned.estimate, notes=(*source.notes, *planned.notes), refit=refit)
 
 
 def gpu_uuid(device: torch.device) -> str:

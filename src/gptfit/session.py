@@ -1,6 +1,6 @@
 """A run while it goes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +9,7 @@ import torch
 from gptfit.checkpoint import Checkpoint, rng_state
 from gptfit.config import RunConfig
 from gptfit.data import Dataset
+from gptfit.device import HeldMemory
 from gptfit.distributed import Ranks
 from gptfit.events import Event, Started
 from gptfit.model import GPT
@@ -22,6 +23,21 @@ class Good:
 
     micro_batch: int
     allocated_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Correction:
+    """What two measured steps change: the run to go on with, whose numbers of training are the same, its micro-batch,
+    and what is predicted of it (an Estimate's figures in bytes). `note` says it in a line."""
+
+    run: RunConfig
+    micro_batch: int
+    predicted: Mapping[str, int]
+    note: str
+
+
+# What is made of the memory of two steps; None where it is as predicted.
+Refit = Callable[[HeldMemory], Correction | None]
 
 
 @dataclass(slots=True)
@@ -41,6 +57,7 @@ class Session:
     micro_batch: int = 0
     eval_batch: int = 0
     good: Good | None = None  # the last one, on a GPU
+    held: HeldMemory | None = None  # after the last step, on a GPU
 
     def started(self, out: Path) -> Started:
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else str(self.device)

@@ -13,36 +13,25 @@ import signal
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import torch
-import yaml
 
 from gptfit import metrics
-from gptfit.checkpoint import Checkpoint, Found, checkpoint_path, latest_valid, restore_rng, save
-from gptfit.config import ModelConfig, RunConfig
-from gptfit.data import TRAIN, VAL, Dataset, load_batch, open_dataset, sequence_starts
-from gptfit.device import adapt, held_memory, reset_peaks, set_expandable_segments, start
-from gptfit.distributed import Ranks, check_size, joined, launched, own_device
+from gptfit.checkpoint import checkpoint_path, save
+from gptfit.config import RunConfig
+from gptfit.data import TRAIN, VAL, load_batch, sequence_starts
+from gptfit.device import held_memory, reset_peaks, set_expandable_segments
+from gptfit.distributed import Ranks, check_size, joined, launched
 from gptfit.errors import GptfitError
 from gptfit.events import Finished, Listener, Measured, Note, Saved, Stepped
-from gptfit.init_from import start_weights
-from gptfit.model import GPT
-from gptfit.optim import build_optimizer, learning_rate_at, load_state, set_learning_rate
-from gptfit.parallel import share_model
-from gptfit.replacing import replacing
-from gptfit.session import Good, Session
+from gptfit.optim import learning_rate_at, set_learning_rate
+from gptfit.pressure import Pressure, yield_memory
+from gptfit.session import Correction, Good, Refit, Session
+from gptfit.setup import corrected, set_up
 from gptfit.signals import Asked, stop_on_signal
 from gptfit.survival import fitting, step_surviving
 from gptfit.watch import Watch
-
-RUN_FILE = "run.yaml"
-
-# What a checkpoint's weights and states have the shape of.
-SHAPING_KEYS = (*(key for key in ModelConfig.model_fields if key != "dropout"), "param_dtype", "optimizer")
-
-T = TypeVar("T")
 
 
 def train(
@@ -52,40 +41,54 @@ def train(
     predicted: Mapping[str, int] | None = None,
     on_event: Listener | None = None,
     device_name: str = "",
+    refit: Refit | None = None,
 ) -> Finished:
     """Trains `run` to its end, or until SIGINT or SIGTERM. Leaves run.yaml, metrics.jsonl and checkpoints in `out_dir`.
 
     `predicted` are an estimate's figures in bytes (allocated_bytes, reserved_bytes, process_bytes), reported
-    beside what the second step measured on a GPU. Raises GptfitError for a folder that already holds a run
+    beside what the second step measured on a GPU; `refit` is asked then whether another run, of the same numbers of
+    training, suits what was measured. Raises GptfitError for a folder that already holds a run
     (unless `resume`), for one without a checkpoint (if `resume`), for data that do not suit the run, for a
     loss that is no number, for a full disk, and where not even one sequence fits in memory.
     """
-    ranks = launched()
+    ranks, out, began = launched(), Path(out_dir), time.perf_counter()
     set_expandable_segments(run.expandable_segments)
     listener = on_event if ranks.first else None
     with joined(ranks):
         with ranks.together():
             check_size(run, ranks)
-        session, notes = _set_up(run, Path(out_dir), resume, device_name, ranks, listener or (lambda event: None))
+        session, notes = set_up(run, out, resume, device_name, ranks, listener or (lambda event: None))
         for note in notes:
             session.emit(Note(note))
-        session.emit(session.started(Path(out_dir)))
-        return _run(session, Path(out_dir), predicted or {})
+        session.emit(session.started(out))
+        done = _run(session, out, predicted or {}, refit if ranks.size == 1 else None, began)
+        if isinstance(done, Correction):
+            session.emit(Note(done.note))
+            session = corrected(session, done, out)
+            done = _run(session, out, done.predicted, None, began)
+    assert isinstance(done, Finished)
+    return done
 
 
-def _run(session: Session, out: Path, predicted: Mapping[str, int]) -> Finished:
-    """Steps until the run's last, or a signal, with what is due after each of them."""
+def _run(
+    session: Session, out: Path, predicted: Mapping[str, int], refit: Refit | None, began: float
+) -> Finished | Correction:
+    """Steps until the run's last, or a signal, with what is due after each of them; or until `refit` corrects it."""
     run, emit, ranks = session.run, session.emit, session.ranks
-    began, first = time.perf_counter(), session.step
+    first = session.step
     record: Stepped | None = None
     saved: Saved | None = None
-    watch = Watch(run, session.data, session.model, out, emit, ranks.first)
+    watch, pressure = Watch(run, session.data, session.model, out, emit, ranks.first), Pressure()
     with stop_on_signal() as asked:
         stopped = _agreed(ranks, asked)
         while session.step < run.max_iters and not stopped:
             record = _step(session)
-            if session.step == first + 2 and (held := held_memory(session.device)) is not None:
+            correction = None
+            if session.step == first + 2 and (held := session.held) is not None:
                 emit(Measured(held.allocated_bytes, held.reserved_bytes, held.card_used_bytes, predicted))
+                correction = refit(held) if refit else None
+            if session.step >= first + 2:
+                yield_memory(session, pressure)
             last = session.step == run.max_iters
             if run.eval_interval and (last or session.step % run.eval_interval == 0):
                 record = watch.evaluated(record, _evaluate(session))
@@ -98,6 +101,8 @@ def _run(session: Session, out: Path, predicted: Mapping[str, int]) -> Finished:
             if due or last or stopped:
                 saved = _save(session, out)
                 emit(saved)
+            if correction and not (last or stopped):
+                return correction
         stopped_by = stopped if session.step < run.max_iters else ""
     loss, val_loss = (record.loss, record.val_loss) if record else (math.nan, None)
     path = saved.path if saved else None
@@ -119,98 +124,6 @@ def _save(session: Session, out: Path) -> Saved:
         if session.ranks.first:
             save(out, checkpoint)
     return Saved(session.step, path)
-
-
-def _set_up(
-    run: RunConfig, out: Path, resume: bool, device_name: str, ranks: Ranks, emit: Listener
-) -> tuple[Session, tuple[str, ...]]:
-    """Everything before the first step, and the lines that someone should read about it.
-
-    Whatever may fail on one rank comes first: from where the model is shared on, the ranks wait for one another.
-    """
-    with ranks.together():
-        device = own_device(device_name, ranks)
-        run, notes = adapt(run, device)
-        if ranks.first and ranks.size > 1:
-            open_dataset(run)  # prepares the built-in one, which the others then find
-    with ranks.together():
-        data = open_dataset(run)
-        found = _find_checkpoint(out, run, resume)
-    with ranks.together():
-        _check_same(ranks, found, out)
-    start(device, run.seed)
-    model = GPT(run).to(device)
-    if found is None:
-        with ranks.together():
-            notes += start_weights(model, run)
-    with ranks.together():  # what these refuse, they refuse on all ranks
-        strategy = share_model(model, run, ranks)
-        optimizer = build_optimizer(model, run)
-    scaler = torch.amp.GradScaler(device.type, enabled=run.dtype == "float16")
-    session = Session(run, device, data, model, optimizer, scaler, emit, ranks, strategy)
-    session.micro_batch, session.eval_batch = run.batch_size, run.eval_batch_size
-    if found is not None:
-        notes += found.skipped + _changes(found.checkpoint, run, data)
-        _restore(session, found.checkpoint)
-    if run.compile:
-        strategy.compile()
-    with ranks.together():
-        if ranks.first:
-            with replacing(out / RUN_FILE) as file:
-                file.write(yaml.safe_dump(run.model_dump(), sort_keys=False).encode())
-            metrics.keep_until(out, session.step)
-    return session, notes
-
-
-def _find_checkpoint(out: Path, run: RunConfig, resume: bool) -> Found | None:
-    """The checkpoint to go on from; None for a new run. Makes the folder."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise GptfitError(f'cannot make the folder "{out}": {reason}', "give another --out") from None
-    found = latest_valid(out)
-    if found is None:
-        if resume:
-            raise GptfitError(f'there is no checkpoint in "{out}" to resume from', "leave out --resume to start anew")
-        return None
-    if not resume:
-        raise GptfitError(
-            f'"{out}" already holds a run, at step {found.checkpoint.step}',
-            "--resume goes on with it; another --out starts anew",
-        )
-    for key in SHAPING_KEYS:
-        was, now = getattr(found.checkpoint.run, key), getattr(run, key)
-        if was != now:
-            raise GptfitError(f"{key}={now}, but the checkpoint in {out} has {key}={was}", f"resume with {key}={was}")
-    return found
-
-
-def _check_same(ranks: Ranks, found: Found | None, out: Path) -> None:
-    step = found.checkpoint.step if found else -1
-    latest, earliest = ranks.largest(step, -step)
-    if latest != -earliest:
-        raise GptfitError(
-            f'not all processes find the same checkpoint in "{out}"', "--out must be a folder that all machines share"
-        )
-
-
-def _changes(checkpoint: Checkpoint, run: RunConfig, data: Dataset) -> tuple[str, ...]:
-    before, after = checkpoint.run.model_dump(), run.model_dump()
-    changed = [f"{key}={after[key]} (was {before[key]})" for key in after if after[key] != before[key]]
-    notes = [f"resumed with {', '.join(changed)}"] if changed else []
-    if checkpoint.data_fingerprint != data.fingerprint:
-        notes.append("the data are not those that this run began with; it goes on with the new ones")
-    return tuple(notes)
-
-
-def _restore(session: Session, checkpoint: Checkpoint) -> None:
-    session.strategy.load(checkpoint.model)
-    load_state(session.optimizer, session.strategy.scattered(checkpoint.optimizer, session.optimizer))
-    if checkpoint.scaler and session.scaler.is_enabled():
-        session.scaler.load_state_dict(dict(checkpoint.scaler))
-    session.step = checkpoint.step
-    restore_rng(checkpoint.rng)
 
 
 def _step(session: Session) -> Stepped:
@@ -242,7 +155,7 @@ def _step(session: Session) -> Stepped:
                 f"the loss of step {session.step} is {mean}", "lower learning_rate, or resume from the last checkpoint"
             )
     seconds = time.perf_counter() - began
-    held = held_memory(session.device)
+    session.held = held = held_memory(session.device)
     session.good = Good(session.micro_batch, held.allocated_bytes) if held else None
     return Stepped(
         step=session.step,

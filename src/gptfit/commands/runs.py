@@ -67,7 +67,9 @@ def train(
         with Progress() if ranks.first else nullcontext() as progress:
             if progress is not None:
                 launch.tell(progress)
-            finished = run_training(launch.run, out, resume, launch.predicted, Logs(log, progress), device)
+            finished = run_training(
+                launch.run, out, resume, launch.predicted, Logs(log, progress), device, launch.refit
+            )
         if auto_fit and ranks.first and not finished.stopped_by:
             from gptfit.sample import sample as draw
 
