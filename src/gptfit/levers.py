@@ -65,6 +65,10 @@ LEVERS: dict[str, Lever] = {
         {"activation_checkpointing": "block"},
         "keeps the input of each block alone and computes the block again in backward",
     ),
+    "remake": Lever(
+        {"recompute_cheap": True},
+        "norms' outputs, activations and weight copies are made again in backward instead of kept",
+    ),
     "attention": Lever(
         {"activation_checkpointing": "attention"},
         "keeps the input of each attention alone and computes the attention again in backward",

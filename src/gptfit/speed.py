@@ -80,6 +80,9 @@ FORWARD = 1 / 3
 # Bytes an eager block moves over those of a compiled one: norms in fp32 with casts in and out, residual gradients added
 # in kernels of their own, some 76 bytes more for each of n_embd to the 228 above.
 EAGER_TRAFFIC = 1.35
+# Read and written once more where norms' outputs, activations and weight copies are made again: counted off layers.py,
+# not measured on a GPU; on a CPU a step takes 1 to 2 % longer.
+REMADE_WIDTH_BYTES, REMADE_HIDDEN_BYTES = 28, 4
 # Python and the driver, for each kernel, where nothing else is waited for. No row here is that small.
 LAUNCH_SECONDS = 5e-6
 # Kernels of one block, forward and backward, of one chunk of the loss, and of the rest of a micro-step and a step.
@@ -180,6 +183,8 @@ def step_time(
     block_bytes = n_layer * block_token_bytes(run) * (1 + recompute)
     if not run.compile:
         block_bytes *= EAGER_TRAFFIC
+    if run.recompute_cheap:
+        block_bytes += n_layer * (REMADE_WIDTH_BYTES * n_embd + REMADE_HIDDEN_BYTES * run.n_hidden)
     traffic = offload_seconds(run) if run.activation_offload else 0.0
     moved = n_tokens * (block_bytes + logit_token_bytes(run, program)) + weight_bytes(run, n_params)
 
