@@ -42,14 +42,8 @@ NOT_RUN = {
     "gptfit sample": "needs a trained run; tests/test_train.py",
     "gptfit export": "needs a trained run; tests/test_export.py",
     "gptfit data prepare": "needs the user's text; tests/test_data.py",
-    "gptfit measure": "needs a GPU; tests/test_calibration.py reads its rows",
-    "gptfit serve": "runs until Ctrl-C; tests/test_serve.py",
-    "gptfit doctor": "says what this machine is; tests/test_doctor.py",
     "python": "nanoGPT's own scripts are not here",
     "torchrun": "needs several GPUs; tests/test_distributed.py runs two processes",
-    "pip": "the network",
-    "export": "sets a variable of the shell",
-    "make": "runs the tests",
 }
 
 
@@ -117,14 +111,16 @@ def printed(source: str, names: dict[str, Any]) -> list[str]:
     return shown.getvalue().splitlines()
 
 
-def shell_commands(text: str) -> list[str]:
-    """The lines of `sh` blocks, those that go on behind a backslash as one."""
-    lines = (line for block in SHELL.findall(text) for line in block.replace("\\\n", " ").splitlines())
-    return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+def shell_commands(block: str) -> list[str]:
+    """The lines of an `sh` block, those that go on behind a backslash as one."""
+    lines = (line.strip() for line in block.replace("\\\n", " ").splitlines())
+    return [line for line in lines if line and not line.startswith("#")]
 
 
 def reason_not_to_run(command: str) -> str | None:
     words = shlex.split(command, comments=True)
+    if "--print" in words:  # prints how to start a run
+        return None
     while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
         words.pop(0)
     return next(
@@ -133,5 +129,5 @@ def reason_not_to_run(command: str) -> str | None:
 
 
 def prose(text: str) -> str:
-    """The page without its blocks and without what is computed."""
-    return VALUE.sub("", SETTING.sub("", FENCE.sub("", text)))
+    """The page without blocks, code, and what is computed."""
+    return re.sub(r"`[^`\n]+`", "", VALUE.sub("", SETTING.sub("", FENCE.sub("", text))))

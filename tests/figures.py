@@ -12,7 +12,7 @@ import typer
 import yaml
 
 import gptfit as package
-from documents import run
+from documents import ROOT, run
 from gptfit.cli import app
 
 MiB = 1 << 20
@@ -42,8 +42,9 @@ class Answer(dict[str, Any]):
 def ask(command: str) -> Answer:
     """What `gptfit COMMAND` answers."""
     text = run(f"gptfit {command} --json")
-    assert text.startswith("{"), text
-    return Answer(json.loads(text))
+    start = re.search(r"^\{$", text, re.MULTILINE)  # what libraries say on stderr comes before
+    assert start is not None, text[:500]
+    return Answer(json.loads(text[start.start() :]))
 
 
 def mib(n_bytes: float) -> str:
@@ -96,7 +97,9 @@ COMMANDS = commands_of(typer.main.get_command(app))
 
 
 def command_reference() -> str:
-    parts = [f"## gptfit {name}\n\n```text\n{run(f'gptfit {name} --help')}```" for name in COMMANDS]
+    texts = {name: run(f"gptfit {name} --help") for name in COMMANDS}
+    assert all(text.startswith("Usage:") for text in texts.values()), texts
+    parts = [f"## gptfit {name}\n\n```text\n{text}```" for name, text in texts.items()]
     return "\n\n" + "\n\n".join(parts) + "\n\n"
 
 
@@ -185,7 +188,7 @@ def interval_errors() -> str:
     return table("kind | share | because", rows)
 
 
-SHAPE = "n_layer=3 n_head=4 n_embd=128 vocab_size=4096 block_size=128 batch_size=4 gradient_accumulation_steps=2"
+SHAPE = "n_layer=2 n_head=4 n_embd=128 vocab_size=4096 block_size=128 batch_size=4 gradient_accumulation_steps=2"
 VERIFIED = {
     "nanoGPT's code, eager": "compile=False --program nanogpt",
     "ours, eager, chunked loss": "compile=False",
@@ -202,3 +205,73 @@ def verified() -> str:
         estimated, traced = answer["estimate"]["peak"]["live_bytes"], answer["traced"]["live_bytes"]
         rows.append((name, f"{estimated:,}", f"{traced:,}", f"{(estimated / traced - 1) * 100:+.3f} %"))
     return table("step | estimated live peak, bytes | traced, bytes | error", rows)
+
+
+def same(by_hand: float, told: float) -> str:
+    """A product that the page writes out, where it is what the program says; else the page is wrong."""
+    assert by_hand == told, f"{by_hand} by hand, {told} by the program"
+    return mib(told)
+
+
+def kept_per_token(command: str) -> str:
+    """What is alive of each block at the peak, in bytes a token and layer."""
+    answer = ask(f"estimate {command}")
+    config = answer["config"]
+    batch, width, layers = config["batch_size"], config["n_embd"], config["n_layer"]
+    tokens = batch * config["block_size"]
+    rows = [
+        (row["name"], row["dtype"], row["bytes"] / row["count"] / tokens)
+        for row in answer["tensors"]
+        if row["category"] == "activation" and row["name"].startswith("h.*") and row["shape"][:1] == [batch]
+        if row["count"] >= layers
+    ]
+    wide = [(f"`{name}`", dtype, f"{each / width:.0f} × n_embd") for name, dtype, each in rows if each % width == 0]
+    rest = sum(each for _, _, each in rows if each % width)
+    total = sum(each for _, _, each in rows if each % width == 0) / width
+    return table(
+        "kept for backward | dtype | bytes a token and layer",
+        [
+            *wide,
+            ("one number a row or head", "float32", f"{rest:.0f}"),
+            ("together", "", f"{total:.0f} × n_embd + {rest:.0f}"),
+        ],
+    )
+
+
+def optimizer_states() -> str:
+    """Bytes a parameter of each optimizer, and what its step adds to the peak of the optimizer's phase."""
+    rows = []
+    for name in constant("memory.optimizers.OPTIMIZERS"):
+        answer = ask(f"estimate gpt2 optimizer={name}")
+        rows.append((f"`{name}`", f"{answer.of('optimizer state') / answer['n_params']:.2f}"))
+    return table("optimizer | bytes a parameter", rows)
+
+
+def said(verdict: str, holds: bool) -> str:
+    """A verdict in words, where what it rests on holds; else the page is wrong."""
+    assert holds, f"no longer so: {verdict}"
+    return f"**{verdict}**"
+
+
+def recordings() -> str:
+    """Recordings of real GPUs that the tests replay: segment events in the order, place and size of the model's."""
+    rows = []
+    for path in sorted((ROOT / "tests" / "data" / "snapshots").glob("*.json.gz")):
+        answer = ask(f"replay tests/data/snapshots/{path.name}")
+        found = answer["recorded"]
+        peaks = (found["peak_reserved_bytes"], answer["peak_reserved_bytes"])
+        matched = f"{found['segment_events_matched']:,} of {found['segment_events_total']:,}"
+        name = path.name.split(".")[0]
+        rows.append((f"`{name}`", f"{answer['events']:,}", matched, *(f"{peak:,}" for peak in peaks)))
+    return table("recording | events | segments as recorded | peak reserved, recorded | replayed", rows)
+
+
+def settings_of_segments() -> str:
+    """Reserved of nanoGPT's GPT-2, compiled, by micro-batch, with and without expandable segments."""
+    rows = []
+    for batch in (8, 12, 16, 24, 32):
+        plain, wide = (
+            ask(f"estimate gpt2 batch_size={batch} expandable_segments={on} --program nanogpt") for on in (False, True)
+        )
+        rows.append((batch, *(f"{figure / MiB:,.0f}" for figure in (plain.live, plain.reserved, wide.reserved))))
+    return table("micro-batch | live, MiB | reserved, plain segments | reserved, expandable", rows)

@@ -19,6 +19,9 @@ from documents import (
     README,
     ROOT,
     SESSION,
+    SETTING,
+    SHELL,
+    VALUE,
     prose,
     reason_not_to_run,
     refreshed,
@@ -60,19 +63,21 @@ def test_a_page_is_what_the_program_says(page: Path) -> None:
     assert text == refreshed(text), "make docs writes the present page"
 
 
-def commands_to_run() -> list[str]:
-    return sorted(
-        {line for page in PAGES for line in shell_commands(page.read_text("utf-8")) if reason_not_to_run(line) is None}
-    )
+def blocks_to_run() -> list[tuple[str, ...]]:
+    """The commands of each block that are not listed as not to be run."""
+    blocks = [block for page in PAGES for block in SHELL.findall(page.read_text("utf-8"))]
+    commands = (tuple(line for line in shell_commands(block) if reason_not_to_run(line) is None) for block in blocks)
+    return sorted(set(filter(None, commands)))
 
 
-@pytest.mark.parametrize("line", commands_to_run())
-def test_a_command_in_a_page_runs(line: str, tmp_path: Path) -> None:
-    """It answers, yes or no. Its output is not shown, so not compared."""
+@pytest.mark.parametrize("lines", blocks_to_run(), ids=lambda lines: lines[0])
+def test_the_commands_of_a_block_run(lines: tuple[str, ...], tmp_path: Path) -> None:
+    """Each answers, yes or no. Outputs are not shown, so not compared."""
     shutil.copytree(ROOT / "docs" / "examples", tmp_path / "docs" / "examples")
-    assert line.startswith("gptfit "), f"neither run nor listed as not to be run: {line}"
-    code, printed = run_in(tmp_path, line)
-    assert code in (0, 1), printed
+    for line in lines:
+        assert line.startswith("gptfit "), f"neither run nor listed as not to be run: {line}"
+        code, printed = run_in(tmp_path, line)
+        assert code in (0, 1), printed
 
 
 @pytest.mark.parametrize("line", typed_commands())
@@ -99,8 +104,9 @@ def test_every_command_is_in_the_readme() -> None:
 
 def test_what_is_not_run_is_shown_somewhere() -> None:
     """A reason that nothing needs any more has to go."""
-    lines = [line for page in PAGES for line in shell_commands(page.read_text("utf-8"))]
-    assert {reason_not_to_run(line) for line in lines} - {None} <= set(NOT_RUN.values())
+    blocks = [block for page in PAGES for block in SHELL.findall(page.read_text("utf-8"))]
+    lines = [line for block in blocks for line in shell_commands(block)]
+    assert {reason_not_to_run(line) for line in lines} - {None} == set(NOT_RUN.values())
 
 
 @pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
@@ -131,9 +137,11 @@ def test_a_page_can_be_found_and_read(page: Path) -> None:
     """The README leads to it; a comment at the start of a line would swallow the words behind it."""
     text = page.read_text(encoding="utf-8")
     assert f"docs/{page.name}" in README.read_text(encoding="utf-8")
-    for line in FENCE.sub("", text).splitlines():
-        assert not line.startswith("<!--") or line.endswith("-->") or line == "<!-- figures", line
-        assert len(re.sub(r"<!--.*?-->", "", line)) <= 120 or line.startswith(("|", "<!--")), line
+    for line in VALUE.sub("…", SETTING.sub("", FENCE.sub("", text))).splitlines():
+        assert len(line) <= 120 or line.startswith("|"), line
+    for line in SETTING.sub("", FENCE.sub("", text)).splitlines():
+        comment = re.match(r"<!--.*?-->", line)
+        assert comment is None or line in (comment[0], f"{comment[0]}<!--/-->"), f"words behind a comment: {line}"
 
 
 def test_the_readme_shows_outputs() -> None:
