@@ -17,6 +17,7 @@ import re
 import shlex
 import sys
 import textwrap
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -55,20 +56,26 @@ def run(command: str, width: int = 80) -> str:
 
 def run_in(folder: Path, command: str, width: int = 80) -> tuple[int, str]:
     """The exit code, too, where it runs in `folder`."""
-    printed, code = io.StringIO(), 0
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        contextlib.redirect_stdout(printed),
-        contextlib.redirect_stderr(printed),
-    ):
-        patch.setenv("COLUMNS", str(width))
-        patch.setenv("GPTFIT_PROFILES", os.devnull)
-        patch.chdir(folder)
+    code = 0
+    with captured(folder, width) as printed:
         try:
             main(shlex.split(command, comments=True)[1:])
         except SystemExit as stop:
             code = int(stop.code or 0)
     return code, printed.getvalue()
+
+
+@contextlib.contextmanager
+def captured(folder: Path, width: int = 80) -> Iterator[io.StringIO]:
+    """What is printed, on a machine without a GPU and without measurements of its own."""
+    shown = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(shown), contextlib.redirect_stderr(shown):
+        patch.setenv("COLUMNS", str(width))
+        patch.setenv("GPTFIT_PROFILES", os.devnull)
+        patch.setattr("gptfit.driver.detect", list)
+        patch.setattr(sys, "displayhook", lambda value: print(repr(value)) if value is not None else None)
+        patch.chdir(folder)
+        yield shown
 
 
 def refreshed(text: str) -> str:
@@ -101,12 +108,7 @@ def with_python(text: str) -> str:
 
 
 def printed(source: str, names: dict[str, Any]) -> list[str]:
-    shown = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(shown), contextlib.redirect_stderr(shown):
-        patch.chdir(ROOT)
-        patch.setenv("COLUMNS", "80")
-        patch.setenv("GPTFIT_PROFILES", os.devnull)
-        patch.setattr(sys, "displayhook", lambda value: print(repr(value)) if value is not None else None)
+    with captured(ROOT) as shown:
         exec(compile(source, "<page>", "single"), names)
     return shown.getvalue().splitlines()
 

@@ -275,3 +275,26 @@ def settings_of_segments() -> str:
         )
         rows.append((batch, *(f"{figure / MiB:,.0f}" for figure in (plain.live, plain.reserved, wide.reserved))))
     return table("micro-batch | live, MiB | reserved, plain segments | reserved, expandable", rows)
+
+
+KEPT_LESS = (
+    "compile=False",
+    "compile=False recompute_cheap=True",
+    "compile=False activation_checkpointing=attention",
+    "compile=False activation_checkpointing=block",
+    "compile=False activation_offload=True",
+    "compile=True",
+    "activation_memory_budget=0.5",
+    "activation_checkpointing=block",
+    "activation_checkpointing=block checkpoint_every=2",
+)
+
+
+def kept_less() -> str:
+    """What keeps less for backward, in gptfit's code."""
+    rows = []
+    for changes in KEPT_LESS:
+        answer = ask(f"estimate gpt2 batch_size=12 {changes}")
+        saved = answer["saved_for_backward_bytes"]
+        rows.append((f"`{changes}`", f"{saved / MiB:,.0f}", f"{answer.live / MiB:,.0f}"))
+    return table("keys | saved for backward, MiB | live at the peak, MiB", rows)

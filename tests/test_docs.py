@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from markdown_it import MarkdownIt
 
 from documents import (
     FENCE,
@@ -33,6 +34,7 @@ from figures import COMMANDS, public_functions
 
 DOCS = (README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *PAGES)
 FIGURE = re.compile(r"\d[\d.,]*\s*(?:[KMGT]i?B\b|tokens/s|%|times\b|x faster)")
+COMMENT = re.compile(r"<!--(.*?)-->")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 
 
@@ -139,9 +141,26 @@ def test_a_page_can_be_found_and_read(page: Path) -> None:
     assert f"docs/{page.name}" in README.read_text(encoding="utf-8")
     for line in VALUE.sub("…", SETTING.sub("", FENCE.sub("", text))).splitlines():
         assert len(line) <= 120 or line.startswith("|"), line
-    for line in SETTING.sub("", FENCE.sub("", text)).splitlines():
+    for line in prose_lines(text):
         comment = re.match(r"<!--.*?-->", line)
         assert comment is None or line in (comment[0], f"{comment[0]}<!--/-->"), f"words behind a comment: {line}"
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
+def test_a_page_renders(path: Path) -> None:
+    """What is computed stays hidden from a reader, and no mark-up is left over."""
+    text = path.read_text(encoding="utf-8")
+    # GitHub's Markdown ends a comment inside of a line at two dashes.
+    inside = [comment for line in prose_lines(text) if line[:4] != "<!--" for comment in COMMENT.findall(line)]
+    assert [comment for comment in inside if "--" in comment] == []
+    html = MarkdownIt("commonmark", {"html": True}).enable("table").render(text)
+    shown = re.sub(r"<!--.*?-->|<code.*?</code>", "", html, flags=re.DOTALL)
+    assert re.findall(r"&lt;!--|\*\*|`|\]\(|^\|.*", shown, re.MULTILINE) == []
+    assert html.count("<table>") == len(re.findall(r"^\|[ :|-]+\|$", FENCE.sub("", text), re.MULTILINE))
+
+
+def prose_lines(text: str) -> list[str]:
+    return SETTING.sub("", FENCE.sub("", text)).splitlines()
 
 
 def test_the_readme_shows_outputs() -> None:
