@@ -284,7 +284,7 @@ KEPT_LESS = (
     "compile=False activation_checkpointing=block",
     "compile=False activation_offload=True",
     "compile=True",
-    "activation_memory_budget=0.5",
+    "activation_memory_budget=0.9",
     "activation_checkpointing=block",
     "activation_checkpointing=block checkpoint_every=2",
 )
