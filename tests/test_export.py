@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gptfit.checkpoint import Checkpoint, rng_state, save
-from gptfit.config import RunConfig, make_run
+from gptfit.config import RunConfig, derive, make_run
 from gptfit.errors import GptfitError
 from gptfit.export import export
 from gptfit.model import GPT
@@ -28,7 +28,7 @@ EXPRESSIBLE = {
     "gpt2, untied and narrow": {"bias": True, "tie_embeddings": False, "n_hidden": 48},
     "llama": {**LLAMA, "tie_embeddings": False},
     "llama, tied, biases": {**LLAMA, "bias": True, "n_kv_head": 4},
-    "llama in bfloat16": {**LLAMA, "param_dtype": "bfloat16"},
+    "llama in bfloat16": {**LLAMA, "param_dtype": "bfloat16", "dtype": "bfloat16"},
 }
 
 
@@ -45,6 +45,10 @@ def checkpointed(folder: Path, **keys: Any) -> tuple[RunConfig, GPT]:
     model(*batch()).backward()
     optimizer.step()
     save(folder, Checkpoint(3, run, model.state_dict(), optimizer.state_dict(), {}, rng_state(), "byte", "f00"))
+    if run.param_dtype != "float32":  # what others make of the weights is computed in float32
+        exact = GPT(derive(run, dtype="float32", param_dtype="float32"))
+        exact.load_state_dict(model.state_dict())
+        model = exact
     return run, model.eval()
 
 

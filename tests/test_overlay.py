@@ -156,7 +156,7 @@ def test_gpus_shows_the_measured_figures(folder: Path, gptfit: Any) -> None:
     shown = gptfit("gpus", "rtx4070").out
     assert "300.00 MiB" in shown and "speed_factor" in shown and "2026-03-01" in shown
     assert max(map(len, shown.splitlines())) <= 80
-    marked = [line.split()[0] for line in gptfit("gpus").out.splitlines() if line.endswith(", measured here")]
+    marked = [line.split()[0] for line in gptfit("gpus", "-v").out.splitlines() if line.endswith(", measured here")]
     assert marked == ["rtx4070"]
 
 

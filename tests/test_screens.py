@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from rich.style import Style
 
+from documents import ROOT, run, run_in
 from gptfit.memory.tape import DTYPE_BYTES
 from gptfit.report.bars import CONTEXT, FREE, KINDS, OTHERS, SLACK, cells
 from gptfit.report.formulas import WHY
 from gptfit.report.output import PLAIN
 from gptfit.units import MiB
-from test_docs import ROOT, run
 
 SCREENS = Path(__file__).parent / "screens"
 
@@ -163,14 +163,14 @@ def test_colours_are_for_a_terminal_that_has_them(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm-256color")
     command, plain = f"gptfit {COMMANDS['plan']}", golden("plan")
-    coloured = run(command)
+    coloured = run_in(ROOT, command)[1]  # `run` remembers what it printed before
     bare = ESCAPE.sub("", coloured).splitlines()
     assert len(bare) == len(plain.splitlines())
     at = plain.splitlines().index(f"  {bar_of(plain)}")
     assert bare[at].split()[:4] == ["C", "P", "O", "G"], "a colour fills its run, the letter names it"
     assert any(code.startswith(("3", "4")) for code in ESCAPE.findall(coloured))
     monkeypatch.setenv("NO_COLOR", "1")
-    without = run(command)
+    without = run_in(ROOT, command)[1]
     assert [line.rstrip() for line in ESCAPE.sub("", without).splitlines()] == plain.splitlines()
     assert set(ESCAPE.findall(without)) <= {"0", "1", "2"}
 
