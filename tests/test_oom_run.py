@@ -2,7 +2,8 @@
 
 import pytest
 
-from gptfit.config import RunConfig
+from gptfit.config import RunConfig, make_run
+from gptfit.oom.diagnose import explain_text
 from gptfit.oom.frames import Frame
 from gptfit.oom.hints import ShapeHint
 from gptfit.oom.phases import from_frames, phase_of
@@ -259,3 +260,12 @@ def test_what_was_typed_outranks_the_frames():
     text = f"python train.py --compile=True\nTraceback (most recent call last):\n{code}CUDA out of memory."
     facts = read_paste(text)
     assert (facts.config["compile"], facts.config_places["compile"]) == (True, "command line")
+
+
+@pytest.mark.parametrize(
+    "text", ["Killed", "DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes."]
+)
+def test_what_frees_the_card_is_no_remedy_for_the_computers_memory(text: str) -> None:
+    answer = explain_text(f"iter 120: loss 5.9921\n{text}\n", make_run({}), "nanogpt")
+    assert answer.facts.kind in ("host_killed", "host_ram") and answer.remedies
+    assert all(remedy.saves_bytes is None for remedy in answer.remedies)

@@ -30,6 +30,8 @@ FIGURES = (
     "reserved_unallocated_bytes",
 )
 # Kinds whose failing request is a tensor of the step.
+# Of the computer's memory, or of a kernel's: what the card holds of the run has no part in it.
+OFF_THE_CARD = frozenset(("not_oom", "host_ram", "host_killed", "shm", "triton_shared_memory"))
 OF_A_TENSOR = frozenset(("cuda_caching_allocator", "hip", "xpu", "mps", "cuda_async_allocator", "per_process_limit"))
 
 
@@ -124,7 +126,7 @@ def diagnose(facts: OomFacts, failed: FailedRun | None = None, program: str | No
     cause = cause_of(facts, case if known else None, tensor, instant)
     within = instant.within if instant else WITHIN.get(facts.phase, ())
     remedies = general_remedies(facts, case.checkpoint_bytes if case is not None and known else None)
-    of_run = facts.kind != "not_oom" and facts.phase not in ("model_load", "checkpoint", "data")
+    of_run = facts.kind not in OFF_THE_CARD and facts.phase not in ("model_load", "checkpoint", "data")
     if case is not None and of_run:
         room = _room(facts, trainer, instant) if known else None
         remedies += run_remedies(Failure(case, trainer, within, instant, room))
