@@ -50,7 +50,7 @@ def test_a_wrong_verdict_is_seen(tmp_path: Path) -> None:
 def test_unreadable_rows_are_one_line(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text("{")
-    with pytest.raises(GptfitError, match="cannot read"):
+    with pytest.raises(GptfitError, match="not JSON"):
         accuracy(path)
     path.write_text('{"id": 1}')
     with pytest.raises(GptfitError, match="is no measurement"):

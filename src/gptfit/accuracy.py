@@ -125,18 +125,29 @@ def accuracy(path: Path | None = None) -> Accuracy:
 
 
 def read_rows(path: Path) -> Iterable[Mapping[str, object]]:
+    """The objects of a JSONL file. Raises GptfitError, with the line, for what is none, and where there is none."""
+    hint = "one JSON object a line, as gptfit measure writes them"
+    rows: list[Mapping[str, object]] = []
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
-        rows = [json.loads(line) for line in lines if line.strip()]
-    except (OSError, ValueError) as error:
-        raise GptfitError(
-            f"cannot read {path}: {error}", "one JSON object a line, as gptfit measure writes them"
-        ) from None
-    for number, row in enumerate(rows, 1):
+    except UnicodeDecodeError:
+        raise GptfitError(f"cannot read {path}: it is not UTF-8 text", hint) from None
+    except OSError as error:
+        raise GptfitError(f"cannot read {path}: {(error.strerror or str(error)).lower()}", hint) from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise GptfitError(f"{path}:{number}: not JSON: {str(error)[:80]}", hint) from None
         if not isinstance(row, dict) or not {"id", "metric", "program"} <= row.keys():
             raise GptfitError(
                 f"{path}:{number} is no measurement", "a row has at least id, metric, program, config and mib"
             )
+        rows.append(row)
+    if not rows:
+        raise GptfitError(f"there is no measurement in {path}", hint)
     return rows
 
 

@@ -1,6 +1,7 @@
 """The card that a command is asked about: a profile by name, or the one that the driver sees, with what is free."""
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
 
 # Processes that a note names: enough to know what to close.
 MAX_PROCESSES = 3
+# What nvidia-smi prints behind a name and a comma: the size of that card.
+SIZE = re.compile(r"\d[\d.]*\s*[MG]i?B", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,15 +28,28 @@ class Card:
     notes: tuple[str, ...] = ()
 
 
+def names_in(gpu: str) -> list[str]:
+    """The cards in `rtx4070,l4`: a size belongs to the name before it, as in `RTX 4070, 12282 MiB`."""
+    names: list[str] = []
+    for part in filter(None, map(str.strip, gpu.split(","))):
+        if names and SIZE.fullmatch(part):
+            names[-1] += f", {part}"
+        else:
+            names.append(part)
+    return names
+
+
 def find_card(gpu: str | None, reserve: str | None = None) -> Card | None:
     """The card called `gpu`, or where that is None or `auto`, the driver's; None where there is neither.
 
     `reserve` is a size as typed. A named card that usually drives a desktop is planned for with one on it, a detected
     one with what its driver says is free. Of several it is the first that CUDA would take. Raises GptfitError for an
-    unknown name or size, and for `auto` without a driver.
+    unknown name or size, for several names, and for `auto` without a driver.
     """
     reserve_bytes = parse_size(reserve) if reserve is not None else None
     if gpu is not None and gpu != "auto":
+        if gpu.strip().lower() == "all" or len(names_in(gpu)) > 1:
+            raise GptfitError(f'--gpu "{gpu[:60]}" names several cards, expected one', f"gptfit plan --gpu {gpu[:60]}")
         return _named(load_gpu(gpu), reserve_bytes)
     from gptfit.driver import detect
 

@@ -60,8 +60,10 @@ def _explain(error: Exception, debug: bool) -> int:
     if isinstance(error, GptfitError):
         message, hint = error.message, error.hint
     elif isinstance(error, TyperException):
-        message, hint = error.format_message().rstrip(".").replace(". Did", "; did"), "see: gptfit --help"
+        message = error.format_message().rstrip(".").replace(". Did", "; did").replace("Input should be", "expected")
         message = message[:1].lower() + message[1:]
+        context = getattr(error, "ctx", None)
+        hint = f"see: {context.command_path if context else 'gptfit'} --help"
     else:
         message = " ".join(f"internal error: {type(error).__name__}: {error}".split())[:500]
         hint = "please report it; the same command with --debug says where it happened"

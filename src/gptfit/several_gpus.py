@@ -56,12 +56,12 @@ def notes(plans: dict[str, Plan], chosen: str, n_gpus: int) -> list[str]:
     if n_gpus == 1:
         return []
     lines = [
-        f"figures are of one of {n_gpus} cards; what goes between them is not in the predicted speed",
+        f"memory is that of one of {n_gpus} cards; the speed is that of all, without what goes between them",
         "gptfit train … --print torchrun (or slurm) says how to start it",
     ]
     for strategy, other in plans.items():
         if strategy != chosen:
             speed = other.speed
-            how = f"{speed.tokens_per_second:,.0f} tokens/s a card predicted" if speed else "does not fit"
+            how = f"{speed.tokens_per_second:,.0f} tokens/s predicted" if speed else "does not fit"
             lines.append(f"strategy={chosen}; {strategy}: {how}")
     return lines

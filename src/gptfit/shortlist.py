@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from gptfit.card import Card, need_card
+from gptfit.card import Card, names_in, need_card
 from gptfit.door import ConfigSource
 from gptfit.errors import GptfitError
 from gptfit.estimate import Budget, Estimate, estimate, speed_json, under_program
@@ -103,10 +103,10 @@ def several(gpu: str | None) -> list[str] | None:
         return None
     if gpu.strip().lower() == "all":
         return gpu_names()
-    names = [name.strip() for name in gpu.split(",") if name.strip()]
+    names = names_in(gpu)
     if not names:
         raise GptfitError(f'--gpu "{gpu[:60]}" names no card', "write it as --gpu rtx4070,l4, or --gpu all")
-    return names
+    return names if len(names) > 1 else None
 
 
 def find_cards(names: Iterable[str], reserve: str | None) -> list[Card]:

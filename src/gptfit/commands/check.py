@@ -52,10 +52,11 @@ def verify(
     from gptfit.report.lists import verification_view
     from gptfit.report.output import respond
     from gptfit.report.terminal import notes_view
-    from gptfit.verify import verify as make_verification
 
     asked = asked_for(context, words)
     source = read_config(asked.config, asked.overrides)
+    from gptfit.verify import verify as make_verification  # torch, once the config can be read
+
     answer = make_verification(source.run, program_of(program, source))
     respond(json, answer.to_json, verification_view(answer), notes_view(source, None, verbose))
     return YES if answer.passed else NO

@@ -185,6 +185,8 @@ def explain_oom(
     from gptfit.report.lists import diagnosis_view
     from gptfit.report.output import respond
 
+    if program is not None:
+        program_of(program)
     asked = asked_for(context, words)  # its CONFIG is the log
     facts = read_paste(read_log(asked.config))
     answer = diagnose(facts, failed_run(facts, config, asked.overrides), program)

@@ -40,7 +40,8 @@ def shortlist_view(answer: Shortlist, run: RunConfig, verbose: bool = False) -> 
         if n_changed:
             yield Text(f"Only if the numbers of training change (*): {n_changed} of them.")
         if least is not best:
-            yield Text(f"The smallest that fits{' as it is' if n_changed else ''}: {least.name}, {usable_text(least)}.")
+            unchanged = " as it is" if n_changed and not least.changes_numerics else ""
+            yield Text(f"The smallest that fits{unchanged}: {least.name}, {usable_text(least)}.")
         if best.target is not None:
             yield Text(target_line(best.target, best.name))
         yield Text("")
@@ -67,7 +68,8 @@ def card_notes(cards: Sequence[CardPlan]) -> Iterator[RenderableType]:
     usual = [plan for plan in cards if 0 < plan.card.reserve_bytes == plan.card.profile.display_bytes]
     notes = [note for plan in cards if plan not in usual for note in plan.card.notes]
     if usual:
-        notes.append(f"{len(usual)} cards have room left for a desktop; --reserve 0 where there is none")
+        have = "1 card has" if len(usual) == 1 else f"{len(usual)} cards have"
+        notes.append(f"{have} room left for a desktop; --reserve 0 where there is none")
     yield from (Text(f"note: {note}", style=QUIET) for note in notes)
 
 
