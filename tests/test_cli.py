@@ -75,6 +75,14 @@ def test_the_verdict_is_the_exit_code(gptfit: Any, words: tuple[str, ...], code:
         ("plan gpt2 --tokens-per-step 10 --gpu rtx4070", "tokens per step 10 is less than", "block_size"),
         ("plan gpt2", "there is no GPU driver here", "--gpu rtx4070"),
         ("estimate gpt2 --gpu auto", "there is no GPU driver to ask", "--gpu rtx4070"),
+        ("plan --gpus 0", "invalid value for '--gpus': expected greater than or equal to 1", "gptfit plan --help"),
+        ("plan --gpu rtx4070 --keep los", '--keep: unknown key "los"; did you mean loss?', "n_layer"),
+        ("estimate gpt2 --gpu rtx4070,l4", '--gpu "rtx4070,l4" names several cards', "gptfit plan --gpu rtx4070,l4"),
+        ("estimate gpt2 --gpu all", '--gpu "all" names several cards', "gptfit plan --gpu all"),
+        ("estimate n_layer=1000000000", "n_layer=1000000000: expected less than or equal to 2000", "KEY=VALUE"),
+        ("explain-oom missing.txt --program nanoGPT", 'unknown program "nanoGPT"; did you mean nanogpt?', "nanogpt"),
+        ("accuracy missing.jsonl", "cannot read missing.jsonl: no such file or directory", "JSON object"),
+        ("train missing.yaml", 'there is no file "missing.yaml"', ""),
         ("plna gpt2", "no such command 'plna'; did you mean 'plan'", "gptfit --help"),
         ("replay missing.json", "cannot read missing.json: ", "path of a recording"),
         ("explain-oom missing.txt", 'cannot read "missing.txt": no such file', "gptfit explain-oom"),
@@ -104,6 +112,35 @@ def test_a_config_that_calls_a_function_is_refused_not_run(gptfit: Any, tmp_path
     assert not Path("ran").exists()
     # Given on the command line, the value is known.
     assert gptfit("estimate", str(path), "batch_size=4").code == 0
+
+
+def test_a_group_alone_says_what_it_has(gptfit: Any) -> None:
+    result = gptfit("data")
+    assert (result.code, result.err) == (0, "")
+    assert "prepare" in result.out
+
+
+def test_no_measurement_is_no_pass(gptfit: Any, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n")
+    result = gptfit("accuracy", str(path))
+    assert (result.code, result.out) == (2, "")
+    assert result.err.startswith("error: there is no measurement in ")
+
+
+def test_a_name_with_its_size_is_one_card(gptfit: Any) -> None:
+    """As nvidia-smi --query-gpu=name,memory.total --format=csv prints it."""
+    card = "NVIDIA GeForce RTX 4070, 12282 MiB"
+    assert gptfit("plan", "--gpu", card).out == gptfit("plan", "--gpu", "rtx4070").out
+
+
+def test_a_kept_micro_batch_is_the_only_one(gptfit: Any) -> None:
+    words = ("plan", "--gpu", "rtx4070", "--json", "batch_size=5")
+    assert json.loads(gptfit(*words).out)["choice"]["batch_size"] != 5
+    kept = json.loads(gptfit(*words, "--keep", "batch_size").out)
+    assert {candidate["choice"]["batch_size"] for candidate in kept["candidates"]} == {5}
+    steps = json.loads(gptfit(*words, "--keep", "gradient_accumulation_steps").out)["choice"]
+    assert steps["gradient_accumulation_steps"] == 40
 
 
 def test_debug_shows_where_an_error_came_from(gptfit: Any) -> None:

@@ -22,7 +22,7 @@ class ModelConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    n_layer: int = Field(12, ge=1)
+    n_layer: int = Field(12, ge=1, le=2000)  # each is replayed; DeepNet has 1000 (arXiv 2203.00555)
     n_head: int = Field(12, ge=1)
     n_embd: int = Field(768, ge=1)
     n_kv_head: int = Field(default_factory=lambda data: data.get("n_head", 1), ge=1)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
-from gptfit.config import RunConfig, derive
+from gptfit.config import RunConfig, check_key, derive
 from gptfit.door import ConfigSource
 from gptfit.errors import GptfitError, nearest
 from gptfit.estimate import Budget, Estimate, Speed, estimate, speed_json, under_program
@@ -169,7 +169,14 @@ def choices(
     search: "Search", source: ConfigSource, allow: Sequence[str], keep: Sequence[str]
 ) -> tuple[list[Candidate], list[str]]:
     """What fits, best first, and what to say of it: keys that the user set change only where nothing fits else."""
+    for key in keep:
+        check_key(key, "--keep: ")
     kept = (source.user_keys | set(keep)) - {"batch_size", "gradient_accumulation_steps"}
+    if "batch_size" in keep:
+        search.micro_batch = source.run.batch_size
+    elif "gradient_accumulation_steps" in keep:
+        steps = source.run.gradient_accumulation_steps
+        search.micro_batch = max(1, round(search.tokens / source.run.block_size / steps))
     notes: list[str] = []
     found = search.run(options(source.run, search.profile, kept, allow))
     if not found:
@@ -242,6 +249,7 @@ class Search:
         self.usable_bytes = budget.usable_bytes
         self.reserve_bytes = budget.reserve_bytes
         self.risk = risk
+        self.micro_batch: int | None = None  # the only one to try, where it is to be kept
         self.n_searched = 0
 
     def run(self, combinations: list[dict[str, object]]) -> list[Candidate]:
@@ -259,9 +267,11 @@ class Search:
     def fitting(self, combination: dict[str, object]) -> Iterator[tuple[int, RunConfig, int]]:
         """Each micro-batch of this combination whose live peak fits."""
         largest = max(1, self.tokens // self.base.block_size // self.base.n_gpus)
-        self.n_searched += largest
         # A gradient that is used up in backward cannot be accumulated: one micro-batch is the step.
         first = largest if self.base.optimizer_in_backward else 1
+        if self.micro_batch is not None:
+            first = largest = self.micro_batch
+        self.n_searched += largest - first + 1
         low, high, flops_per_token = first - 1, largest, 0
         step = 1
         while low < high:  # doubling first, as the answer is usually far below the largest

@@ -1,5 +1,6 @@
 """What trains: train, sample and data prepare."""
 
+import os
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
@@ -18,8 +19,15 @@ from gptfit.options import (
 )
 
 app = typer.Typer()
-data_app = typer.Typer(rich_markup_mode=None, help="Data sets.", no_args_is_help=True)
+data_app = typer.Typer(rich_markup_mode=None)
 app.add_typer(data_app, name="data")
+
+
+@data_app.callback(invoke_without_command=True)
+def data(context: typer.Context) -> None:
+    """Data sets."""
+    if context.invoked_subcommand is None:
+        print(context.get_help())
 
 
 @app.command(context_settings=WORDS)
@@ -40,14 +48,18 @@ def train(
 
     On several GPUs: torchrun --standalone --nproc_per_node=2 -m gptfit train CONFIG n_gpus=2 strategy=ddp
     """
+    asked = asked_for(context, words)
     if printed:
         from gptfit.cluster import start_script
         from gptfit.door import read_config
         from gptfit.report.output import write
 
-        asked = asked_for(context, words)
         write(start_script(printed, asked, read_config(asked.config, asked.overrides).run, out))
         return YES
+    if asked.config is not None and not resume and "RANK" not in os.environ:  # several ranks say it once, together
+        from gptfit.door import read_config
+
+        read_config(asked.config, asked.overrides)  # what is wrong with it is said before torch is loaded
     from gptfit.distributed import joined, launched
     from gptfit.launch import prepare_launch
     from gptfit.progress import Progress
@@ -56,7 +68,7 @@ def train(
     from gptfit.sinks import Logs
     from gptfit.train import train as run_training
 
-    asked, ranks = asked_for(context, words), launched()
+    ranks = launched()
     with joined(ranks):
         with ranks.together():
             launch = prepare_launch(asked, auto_fit, Path(out) if resume else None, device)
