@@ -64,6 +64,7 @@ LEVERS: Mapping[str, Lever] = MappingProxyType(
         "bfloat16": lambda case: case.changed(dtype="bfloat16") if case.run.dtype == "float32" else None,
         "fused": lambda case: case.changed(optimizer_impl="fused") if case.run.optimizer_impl != "fused" else None,
         "adamw8bit": lambda case: case.changed(optimizer="adamw8bit") if case.run.optimizer == "adamw" else None,
+        "adamw16bit": lambda case: case.changed(optimizer="adamw16bit") if case.run.optimizer == "adamw" else None,
     }
 )
 # Levers by what failed, where no figure can be computed; those that help most come first.
@@ -72,7 +73,7 @@ BY_PHASE: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "forward": ("batch", "checkpointing", "chunked", "bfloat16", "block"),
         "loss": ("chunked", "batch", "block"),
         "backward": ("batch", "checkpointing", "chunked", "bfloat16", "block"),
-        "optimizer": ("fused", "adamw8bit"),
+        "optimizer": ("fused", "adamw8bit", "adamw16bit"),
         "eval": ("eval",),
         "unknown": ("batch", "checkpointing", "chunked"),
         "compile": ("batch", "checkpointing", "chunked"),
@@ -85,6 +86,7 @@ DONE: tuple[tuple[str, str, tuple[object, ...]], ...] = (
     ("checkpointing", "activation_checkpointing", ("block",)),
     ("bfloat16", "dtype", ("bfloat16", "float16")),
     ("adamw8bit", "optimizer", ("adamw8bit",)),
+    ("adamw16bit", "optimizer", ("adamw16bit", "adamw8bit")),
     ("fused", "optimizer_impl", ("fused",)),
     ("chunked", "loss", ("chunked",)),
     ("batch", "batch_size", (1,)),

@@ -76,6 +76,7 @@ GPTFIT = Trainer(
         "bfloat16": ("dtype=bfloat16", HALF),
         "fused": ("optimizer_impl=fused", LISTS),
         "adamw8bit": ("optimizer=adamw8bit", BITS),
+        "adamw16bit": ("optimizer=adamw16bit", "4 bytes of state a parameter instead of 8, and no package needed"),
         "block": ("block_size={block}", SHORTER),
         "eval": ("eval_batch_size={batch}", "the evaluation's batch need not be that of training"),
     },
