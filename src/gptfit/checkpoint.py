@@ -9,7 +9,7 @@ import pickle
 import zipfile
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,12 @@ class Checkpoint:
     rng: Mapping[str, Any]
     tokenizer: str
     data_fingerprint: str
+    ema: Mapping[str, Any] = field(default_factory=dict[str, Any])  # the average of the weights, where one is kept
+
+    @property
+    def weights(self) -> Mapping[str, Any]:
+        """What a model is evaluated with: the average where there is one."""
+        return self.ema or self.model
 
     def as_plain(self) -> dict[str, Any]:
         """Tensors, numbers and text alone, so that reading it runs no code."""
@@ -49,6 +55,7 @@ class Checkpoint:
             "rng": dict(self.rng),
             "tokenizer": self.tokenizer,
             "data_fingerprint": self.data_fingerprint,
+            "ema": dict(self.ema),
         }
 
 
@@ -102,6 +109,7 @@ def load(path: Path) -> Checkpoint:
         plain = torch.load(path, map_location="cpu", weights_only=True)
         if plain["format"] != FORMAT:
             raise ValueError(f"it has format {plain['format']}, this version reads {FORMAT}")
+        plain.setdefault("ema", {})  # older ones have none
         values = {key: plain[key] for key in Checkpoint.__dataclass_fields__}
         return Checkpoint(**{**values, "run": make_run(values["run"])})
     except (

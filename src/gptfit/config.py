@@ -84,6 +84,7 @@ class RunConfig(ModelConfig):
     beta2: float = Field(0.95, ge=0, lt=1)
     momentum: float = Field(0.9, ge=0, lt=1)
     grad_clip: float = Field(1.0, ge=0)
+    ema_decay: float = Field(0.0, ge=0, lt=1)
     decay_lr: bool = True
     warmup_iters: int = Field(2000, ge=0)
     max_iters: int = Field(600000, ge=1)
@@ -157,6 +158,13 @@ class RunConfig(ModelConfig):
         """bf16 has 8 bits of precision: a change of less than 1/256 of a state is lost."""
         if self.optimizer == "adamw16bit" and self.beta2 > 0.99:
             raise ValueError(f"adamw16bit needs beta2 of at most 0.99, not {self.beta2:g}: its state would not move")
+        return self
+
+    @model_validator(mode="after")
+    def _averages_that_move(self) -> Self:
+        """An average in bf16 takes over no weight that is nearer to it than 1/256 of its decay's share."""
+        if self.ema_decay and self.param_dtype == "bfloat16":
+            raise ValueError(f"ema_decay={self.ema_decay:g} needs param_dtype=float32: an average in bf16 stands still")
         return self
 
     @model_validator(mode="after")

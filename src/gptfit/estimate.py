@@ -308,6 +308,7 @@ NANOGPT_ONLY: dict[str, object] = {
     "attention": "flash",
     "param_dtype": "float32",
     "optimizer": "adamw",
+    "ema_decay": 0.0,
 }
 
 

@@ -1,7 +1,7 @@
 """Checkpoints for other programs: Hugging Face's transformers, and nanoGPT."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +37,13 @@ class Exported:
     model: str
 
 
-def export(out_dir: Path | str, to: Path | str | None = None, format: str = "hf") -> Exported:
+def export(out_dir: Path | str, to: Path | str | None = None, format: str = "hf", raw: bool = False) -> Exported:
     """Writes the newest checkpoint of a run's folder into the folder `to` (else `out_dir`/`format`).
 
     hf: config.json and model.safetensors, which transformers loads; nanogpt: ckpt.pt, which nanoGPT's sample.py
-    and train.py take. Raises GptfitError where there is no checkpoint, for a model that the form cannot
-    express, for an unknown form, and where nothing can be written.
+    and train.py take. Of a run with ema_decay the average of the weights, or with `raw` the weights themselves.
+    Raises GptfitError where there is no checkpoint, for a model that the form cannot express, for an unknown form,
+    and where nothing can be written.
     """
     if format not in FORMATS:
         raise GptfitError(f'unknown format "{format}"{nearest(format, FORMATS, 1)}', f"formats: {', '.join(FORMATS)}")
@@ -51,7 +52,7 @@ def export(out_dir: Path | str, to: Path | str | None = None, format: str = "hf"
         raise GptfitError(f'there is no checkpoint in "{out_dir}"', "give the --out folder of a gptfit train")
     folder = Path(to) if to is not None else Path(out_dir) / format
     writer = _write_huggingface if format == "hf" else _write_nanogpt
-    files, model = writer(found.checkpoint, folder)
+    files, model = writer(replace(found.checkpoint, ema={}) if raw else found.checkpoint, folder)
     return Exported(files, found.checkpoint.step, model)
 
 
@@ -59,7 +60,7 @@ def _write_huggingface(checkpoint: Checkpoint, folder: Path) -> tuple[tuple[Path
     import safetensors
     from safetensors.torch import save_file
 
-    config, tensors = to_huggingface(checkpoint.run, checkpoint.model)
+    config, tensors = to_huggingface(checkpoint.run, checkpoint.weights)
     config["eos_token_id"] = config["bos_token_id"] = _end_of_text(checkpoint)
     _make(folder)
     weights, description = folder / "model.safetensors", folder / "config.json"
@@ -86,12 +87,12 @@ def _write_nanogpt(checkpoint: Checkpoint, folder: Path) -> tuple[tuple[Path, ..
     known = {key: getattr(run, key) for key in (*TRAIN_PY, *OTHER_TRAIN_PY) if hasattr(run, key)}
     plain: dict[str, Any] = {
         "model_args": {key: getattr(run, key) for key in MODEL_ARGS},
-        "model": dict(checkpoint.model),
+        "model": dict(checkpoint.weights),
         "iter_num": checkpoint.step,
         "best_val_loss": torch.tensor(1e9),  # nanoGPT's own start: not known here
         "config": {**OTHER_TRAIN_PY, **known},
     }
-    if run.optimizer == "adamw":
+    if run.optimizer == "adamw" and not checkpoint.ema:  # the states are those of the weights, not of their average
         # Both group matrices and vectors, in the order of the model: its train.py goes on with these states.
         plain["optimizer"] = dict(checkpoint.optimizer)
     _make(folder)

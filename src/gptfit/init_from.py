@@ -72,7 +72,7 @@ def _find(init_from: str) -> Source:
         return _read_huggingface(path, str(path))
     if path.is_dir():
         if (found := latest_valid(path)) is not None:
-            return Source(str(found.path), found.checkpoint.run, dict(found.checkpoint.model))
+            return Source(str(found.path), found.checkpoint.run, dict(found.checkpoint.weights))
         raise GptfitError(f'"{path}" holds neither config.json nor a checkpoint', HINT)
     if path.is_file():
         return _read_file(path)
@@ -147,7 +147,7 @@ def _read_file(path: Path) -> Source:
         plain = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if plain.get("format") == FORMAT and "run" in plain:
             checkpoint = load(path)
-            return Source(str(path), checkpoint.run, dict(checkpoint.model))
+            return Source(str(path), checkpoint.run, dict(checkpoint.weights))
         # The first checkpoints of nanoGPT had biases and no key that says so.
         arguments = {"bias": True, **plain["model_args"]}
         known = {

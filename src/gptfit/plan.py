@@ -215,14 +215,19 @@ def options(run: RunConfig, profile: GpuProfile, kept: Iterable[str], allow: Seq
 
 
 def _is_valid(run: RunConfig, choice: Mapping[str, object]) -> bool:
-    """Whether weights in bf16 meet activations in bf16 (config.py)."""
+    """Whether weights in bf16 meet activations in bf16, and no average of them is kept (config.py)."""
     param_dtype, dtype = (choice.get(key, getattr(run, key)) for key in ("param_dtype", "dtype"))
-    return param_dtype != "bfloat16" or dtype == "bfloat16"
+    return param_dtype != "bfloat16" or (dtype == "bfloat16" and not run.ema_decay)
 
 
 def is_eager_alone(run: RunConfig) -> bool:
     """Whether `run` does what a compiled step cannot (config.py)."""
-    return run.activation_offload or run.optimizer_in_backward or run.activation_checkpointing == "attention"
+    return (
+        run.activation_offload
+        or run.optimizer_in_backward
+        or run.recompute_cheap
+        or run.activation_checkpointing == "attention"
+    )
 
 
 class Search:

@@ -1,5 +1,6 @@
 """Text from a checkpoint."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,11 +21,13 @@ def sample(
     top_k: int = 200,
     seed: int = 1337,
     device_name: str = "",
+    raw: bool = False,
 ) -> str:
     """`prompt` and `n_tokens` more, drawn from the newest checkpoint of a folder; the defaults are nanoGPT's.
 
     Temperature 0 always takes the likeliest token; `top_k` 0 leaves all tokens in. With an empty prompt the
-    text begins as a text of the data begins. Raises GptfitError where there is no checkpoint or no tokenizer.
+    text begins as a text of the data begins. Of a run with ema_decay it is the average of the weights that draws, or
+    with `raw` the weights themselves. Raises GptfitError where there is no checkpoint or no tokenizer.
     """
     found = latest_valid(Path(checkpoint_dir))
     if found is None:
@@ -35,7 +38,7 @@ def sample(
         )
     device = pick_device(device_name)
     tokenizer = get_tokenizer(found.checkpoint.tokenizer)
-    model = load_model(found.checkpoint, device)
+    model = load_model(replace(found.checkpoint, ema={}) if raw else found.checkpoint, device)
     ids = start_ids(tokenizer, prompt, model.run.vocab_size)
     torch.manual_seed(seed)
     n_prompt = len(ids) if prompt else 0
@@ -48,7 +51,7 @@ def load_model(checkpoint: Checkpoint, device: torch.device) -> GPT:
     run = checkpoint.run
     run = derive(run, dtype="float32", param_dtype="float32") if device.type == "cpu" else adapt(run, device)[0]
     model = GPT(run)
-    model.load_state_dict(dict(checkpoint.model))
+    model.load_state_dict(dict(checkpoint.weights))
     return model.to(device).eval()
 
 

@@ -1,6 +1,7 @@
 """A run while it goes."""
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from gptfit.config import RunConfig
 from gptfit.data import Dataset
 from gptfit.device import HeldMemory
 from gptfit.distributed import Ranks
+from gptfit.ema import Ema
 from gptfit.events import Event, Started
 from gptfit.model import GPT
 from gptfit.optim import Stepper
@@ -53,6 +55,7 @@ class Session:
     emit: Callable[[Event], None]
     ranks: Ranks
     strategy: Strategy
+    ema: Ema | None = None
     step: int = 0
     micro_batch: int = 0
     eval_batch: int = 0
@@ -66,7 +69,13 @@ class Session:
         data = self.data
         return Started(self.run, name, n_params, data.name, len(data.train), data.tokenizer, self.step, out)
 
+    def averaged(self) -> AbstractContextManager[None]:
+        """Within the block the model has the average of its weights, where one is kept."""
+        return self.ema.exchanged() if self.ema else nullcontext()
+
     def checkpoint(self) -> Checkpoint:
+        with self.averaged():
+            ema = self.strategy.gathered(self.model.state_dict()) if self.ema else {}
         return Checkpoint(
             step=self.step,
             run=self.run,
@@ -76,4 +85,5 @@ class Session:
             rng=rng_state(),
             tokenizer=self.data.tokenizer,
             data_fingerprint=self.data.fingerprint,
+            ema=ema,
         )

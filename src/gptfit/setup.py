@@ -17,6 +17,7 @@ from gptfit.config import ModelConfig, RunConfig
 from gptfit.data import Dataset, open_dataset
 from gptfit.device import adapt, release_cached, start
 from gptfit.distributed import Ranks, own_device
+from gptfit.ema import Ema
 from gptfit.errors import GptfitError
 from gptfit.events import Listener
 from gptfit.init_from import start_weights
@@ -72,9 +73,10 @@ def corrected(session: Session, correction: Correction, out: Path) -> Session:
     _write_run(run, out)
     if rebuilds(session.run, run):
         kept = replace(session.checkpoint(), run=run)
-        kept = replace(kept, model=_on_cpu(kept.model), optimizer=_on_cpu(kept.optimizer))
+        on_cpu = {part: _on_cpu(getattr(kept, part)) for part in ("model", "optimizer", "ema")}
+        kept = replace(kept, **on_cpu)
         data, ranks, emit = session.data, session.ranks, session.emit
-        del session.model, session.optimizer, session.strategy
+        del session.model, session.optimizer, session.strategy, session.ema
         gc.collect()  # compiled code and hooks refer to one another in cycles
         session = _build(run, device, data, ranks, emit, kept)
     session.run, session.micro_batch, session.eval_batch = run, correction.micro_batch, run.eval_batch_size
@@ -110,6 +112,11 @@ def _build(
     session.micro_batch, session.eval_batch = run.batch_size, run.eval_batch_size
     if checkpoint is not None:
         _restore(session, checkpoint)
+    if run.ema_decay:
+        session.ema = Ema(model, run.ema_decay)
+        if checkpoint is not None and checkpoint.ema:
+            with session.averaged():
+                strategy.load(checkpoint.ema)
     if run.compile:
         strategy.compile()
     return session

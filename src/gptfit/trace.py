@@ -24,6 +24,7 @@ from torch._subclasses.fake_tensor import (
 from gptfit.config import RunConfig
 from gptfit.cuda_kernels import CudaKernels
 from gptfit.device import DTYPES
+from gptfit.ema import Ema
 from gptfit.errors import GptfitError
 from gptfit.estimate import under_program
 from gptfit.inductor_plan import plan_module
@@ -238,6 +239,7 @@ def training_job(
     if run.optimizer_in_backward:
         note_steps(recorder, optimizer)
     scaler = FakeScaler("cpu", enabled=run.dtype == "float16")
+    ema = averaging(run, recorder, model)
     inputs = batch()
     held = loss = None
 
@@ -263,6 +265,8 @@ def training_job(
             nn.utils.clip_grad_norm_(model.parameters(), run.grad_clip, foreach=True)
         scaler.step(optimizer)
         scaler.update()
+        if ema is not None:
+            ema.update(0)
         recorder.label_state(model, optimizer)
         optimizer.zero_grad(set_to_none=True)
 
@@ -276,6 +280,16 @@ def training_job(
         model.train()
 
     return Job(model, step, run_forward, evaluate, lambda: inputs)
+
+
+def averaging(run: RunConfig, recorder: Recorder, model: nn.Module) -> Ema | None:
+    """The average of the weights that `run` keeps."""
+    if not run.ema_decay:
+        return None
+    ema = Ema(model, run.ema_decay)
+    for (name, _), average in zip(model.named_parameters(), ema.averages, strict=True):
+        recorder.label(average, f"{name} ema", "optimizer state")
+    return ema
 
 
 def note_steps(recorder: Recorder, optimizer: Any) -> None:

@@ -78,7 +78,8 @@ def _run(
     first = session.step
     record: Stepped | None = None
     saved: Saved | None = None
-    watch, pressure = Watch(run, session.data, session.model, out, emit, ranks.first), Pressure()
+    watch = Watch(run, session.data, session.model, out, emit, ranks.first, session.averaged)
+    pressure = Pressure()
     with stop_on_signal() as asked:
         stopped = _agreed(ranks, asked)
         while session.step < run.max_iters and not stopped:
@@ -146,6 +147,8 @@ def _step(session: Session) -> Stepped:
     with session.ranks.together():
         step_surviving(session)
     scaler.update()
+    if session.ema:
+        session.ema.update(session.step)
     session.strategy.zero_grad(optimizer)
     mean = session.ranks.total(float(loss) / session.ranks.size)[0]  # waits for the GPU
     session.step += 1
@@ -205,7 +208,8 @@ def _evaluate(session: Session) -> float:
 
     session.model.eval()
     try:
-        return session.ranks.total(fitting(session, mean, evaluating=True))[0]
+        with session.averaged():
+            return session.ranks.total(fitting(session, mean, evaluating=True))[0]
     finally:
         session.model.train()
 

@@ -1,7 +1,8 @@
 """What a run looks at beside its loss: bits per byte, whether it still gets better, and what its text reads like."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,12 +29,19 @@ PATIENCE = "patience"
 
 
 class Watch:
-    """Told of every step. Only the process that prints (`first`) draws samples."""
+    """Told of every step. Only the process that prints (`first`) draws samples, of the model within `averaged`."""
 
     def __init__(
-        self, run: RunConfig, data: Dataset, model: GPT, out: Path, emit: Listener, first: bool = True
+        self,
+        run: RunConfig,
+        data: Dataset,
+        model: GPT,
+        out: Path,
+        emit: Listener,
+        first: bool = True,
+        averaged: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        self.run, self.data, self.model, self.emit = run, data, model, emit
+        self.run, self.data, self.model, self.emit, self.averaged = run, data, model, emit, averaged
         # No errors: an estimate or a measurement of the same run leaves evaluation out, or splits it otherwise.
         if run.patience and not run.eval_interval:
             emit(Note(f"patience={run.patience} has nothing to count: eval_interval is 0"))
@@ -54,7 +62,9 @@ class Watch:
         self.emit(record)
         if self.sample_interval and record.step % self.sample_interval == 0:
             try:
-                self.emit(Sampled(record.step, draw(self.model, self.data.tokenizer, self.run)))
+                with self.averaged():
+                    text = draw(self.model, self.data.tokenizer, self.run)
+                self.emit(Sampled(record.step, text))
             except GptfitError as error:
                 self.sample_interval = 0
                 self.emit(Note(f"no samples: {error.message}"))

@@ -18,6 +18,8 @@ from gptfit.options import (
     asked_for,
 )
 
+Raw = Annotated[bool, typer.Option("--raw", help="With ema_decay: the weights, not their average.")]
+
 app = typer.Typer()
 data_app = typer.Typer(rich_markup_mode=None)
 app.add_typer(data_app, name="data")
@@ -98,12 +100,13 @@ def sample(
     top_k: Annotated[int, typer.Option(metavar="K", min=0, help="Draw from the K likeliest; 0 from all.")] = 200,
     seed: Annotated[int, typer.Option(metavar="N", help="The same seed draws the same text.")] = 1337,
     device: Device = "",
+    raw: Raw = False,
 ) -> None:
     """Text from the newest checkpoint of a run."""
     from gptfit.report.output import write
     from gptfit.sample import sample as draw
 
-    write(draw(out, prompt, tokens, temperature, top_k, seed, device) + "\n")
+    write(draw(out, prompt, tokens, temperature, top_k, seed, device, raw) + "\n")
 
 
 @data_app.command("prepare")
@@ -150,10 +153,11 @@ def export(
         Path | None, typer.Option("--to", metavar="DIR", help="Where to write; a folder in the run's if not given.")
     ] = None,
     format: Annotated[str, typer.Option("--format", metavar="NAME", help="hf or nanogpt.")] = "hf",
+    raw: Raw = False,
 ) -> None:
     """The newest checkpoint of a run, for Hugging Face transformers or nanoGPT."""
     from gptfit.export import export as write_export
     from gptfit.report.output import write
 
-    answer = write_export(out, to, format)
+    answer = write_export(out, to, format, raw)
     write(f"{answer.model}, step {answer.step}\n" + "".join(f"{path}\n" for path in answer.files))

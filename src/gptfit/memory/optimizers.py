@@ -237,6 +237,12 @@ def state_items(params: Iterable[Parameter], run: RunConfig) -> list[Item]:
     return per_parameter(params, run.n_layer, lambda param: states(param, run), 1)
 
 
+def average_items(params: Iterable[Parameter], run: RunConfig) -> list[Item]:
+    """The moving average of the weights, there from the start (ema.py). It is counted with the states: like them it
+    is kept for training, as large as the parameters, and used by no forward or backward."""
+    return per_parameter(params, run.n_layer, lambda param: [state(param, "ema")], 1) if run.ema_decay else []
+
+
 def step_items(params: list[Parameter], run: RunConfig) -> list[Item]:
     """The temporaries of a step."""
     w = Scratch(run.n_layer)

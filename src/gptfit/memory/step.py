@@ -120,6 +120,7 @@ def pieces(run: RunConfig, program: str, whole: bool = True, kernels: bool = Fal
         zero_grad=optimizers.gradient_items(left, n_layer, -1),
         parameter_items=[
             *optimizers.parameter_items(params, n_layer),
+            *optimizers.average_items(params, run),
             *(Event(1, table) for table in twin.buffers()),
         ],
         kept=kept,
@@ -150,7 +151,11 @@ def shared(run: RunConfig, program: str, parts: Pieces) -> Pieces:
             states=optimizers.state_items(own, run),
             step=optimizers.step_items(own, run),
             zero_grad=rewritten.zero_grad(),
-            parameter_items=[*optimizers.parameter_items(own, n_layer), *tables],
+            parameter_items=[
+                *optimizers.parameter_items(own, n_layer),
+                *optimizers.average_items(own, run),
+                *tables,
+            ],
             evaluation=rewritten.evaluation(parts.evaluation) if parts.evaluation else [],
         )
     return parts
