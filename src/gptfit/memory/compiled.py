@@ -43,6 +43,7 @@ class CompiledNanoGPT(Compiled):
         zeros = w.empty("zero gradient of the returned logits", "logits", shape, self.low)
         w.mark("log_softmax")
         grads = [w.empty("logits gradient", "logits", shape, self.low)]
+        self.before_logits_go()
         del zeros
         self.head_backward(grads)
 
@@ -84,6 +85,7 @@ class CompiledOurs(Compiled):
         w.mark("loss", "loss backward")
         if run.loss == "full":
             grads = [w.empty("logits gradient", "logits", self.shape(run.vocab_size), self.low)]
+            self.before_logits_go()
             self.drop_head("lm_head")
             self.head_backward(grads)
             return
@@ -133,6 +135,8 @@ def assumptions(run: RunConfig, program: str) -> list[str]:
         )
     if run.vocab_size % 8 and run.dtype != "float32":
         lines.append(f"padding of matmuls to even shapes is left out: vocab_size {run.vocab_size} is no multiple of 8")
+    if run.activation_memory_budget < 1 and (run.n_layer < 4 or run.attention == "math"):
+        lines.append("what backward makes again under activation_memory_budget is approximate here: up to a twentieth")
     if run.activation_checkpointing == "block":
         if run.attention == "math":
             lines.append("blocks with attention written out are run again several at a time: up to a fifth more")

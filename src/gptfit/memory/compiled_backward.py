@@ -207,6 +207,9 @@ class Compiled(CompiledForward):
     def hidden(self, *labels: str) -> list[Tensor]:
         return [self.activation(f"any block.mlp.{label}", self.run.n_hidden, self.low) for label in labels]
 
+    def before_logits_go(self) -> None:
+        """What is written while the logits and their gradient are there."""
+
     # ---- all of them --------------------------------------------------------------------------------------------
 
     def blocks_backward(self, dx: Tensor, tied_here: bool) -> None:
@@ -236,20 +239,25 @@ class Compiled(CompiledForward):
                         del waiting
         w.shift = 0
         room.clear()
-        w.mark("embedding")
-        if "wpe.weight" in w.parameters:
-            self.gradient("wpe.weight")
-        if tied_here:
-            reused.append(w.empty("embedding gradient", "temporary", (run.vocab_size, c), "float32"))
-        if tied_here or not run.tie_embeddings:
-            self.gradient("wte.weight")
-        else:
-            reused.append(w.empty("embedding gradient", "temporary", (run.vocab_size, c), "float32"))
+        reused += self.embedding_backward(tied_here)
         if self.late:
             self.late_gradients(late)
         self.embedding_kept.clear()
         self.inputs.clear()
         reused.clear()
+
+    def embedding_backward(self, tied_here: bool) -> list[Tensor]:
+        """The gradients of the embeddings; the tied one's part of it is returned."""
+        w, run = self.w, self.run
+        w.mark("embedding")
+        if "wpe.weight" in w.parameters:
+            self.gradient("wpe.weight")
+        part: list[Tensor] = []
+        if run.tie_embeddings:
+            part.append(w.empty("embedding gradient", "temporary", (run.vocab_size, run.n_embd), "float32"))
+        if tied_here or not run.tie_embeddings:
+            self.gradient("wte.weight")
+        return part
 
     def head_backward(self, grads: list[Tensor]) -> None:
         """The head's two products, then the blocks; `grads` holds the logits' gradient, and is emptied."""

@@ -32,6 +32,8 @@ FUSED = ("ln_1 normalised", "ln_2 normalised", "mlp.h", "attn.c_proj", "mlp.c_pr
 class CompiledForward(Program):
     """Forward of a compiled step. Everything is written by hand: inductor's plan has no autograd."""
 
+    keeps_joined = True  # copies that attention makes of what is kept anyway
+
     def __init__(self, w: Writer, run: RunConfig) -> None:
         super().__init__(w, run)
         self.tokens = (run.batch_size, run.block_size)
@@ -97,12 +99,15 @@ class CompiledForward(Program):
 
     # ---- one block ----------------------------------------------------------------------------------------------
 
+    def norm_parameters(self, name: str) -> None:
+        self.vector(f"{name}.weight", self.run.n_embd)
+        if self.run.bias and self.run.norm == "layernorm":
+            self.vector(f"{name}.bias", self.run.n_embd)
+
     def norm(self, name: str) -> list[Tensor]:
         """Normalised input in fp32, reciprocal deviation, output; or the low-precision input and its statistics."""
         run, low = self.run, self.low
-        self.vector(f"{name}.weight", run.n_embd)
-        if run.bias and run.norm == "layernorm":
-            self.vector(f"{name}.bias", run.n_embd)
+        self.norm_parameters(name)
         if not self.low_stream:
             kept = [self.activation(f"{name} normalised", run.n_embd, "float32")]
             kept.append(self.activation(f"{name} rstd", 1, "float32"))
@@ -166,7 +171,7 @@ class CompiledForward(Program):
         b, t = self.tokens
         c, kv_width = run.n_embd, run.n_kv_head * run.head_size
         grouped = run.n_kv_head != run.n_head and self.low == "float32"
-        all_copied = run.attention == "math" or (run.position == "rope" and grouped)
+        all_copied = run.attention == "math" or (self.keeps_joined and run.position == "rope" and grouped)
         projected = self.linear("h.*.attn.c_attn", c, c + 2 * kv_width, "h.*.attn.c_attn")
         kept = self.heads()
         if all_copied and not run.qk_norm:  # nothing is left that is a view of the projection
@@ -176,7 +181,9 @@ class CompiledForward(Program):
         if run.attention == "math":
             return [*kept, *self.scores(first), self.activation("h.*.attn.y", c, self.low)]
         kept.append(self.activation("h.*.attn.y", c, self.low))
-        if run.position == "rope" and self.low != "float32" and run.n_head > 1:  # it lies by head, as q does
+        if (
+            self.keeps_joined and run.position == "rope" and self.low != "float32" and run.n_head > 1
+        ):  # it lies by head, as q does
             kept.append(self.activation("h.*.attn.y joined", c, self.low))
         rows = t if self.low != "float32" else -(-t // 32) * 32
         kept.append(w.empty("h.*.attn.y log-sum-exp", "activation", (b, run.n_head, rows), "float32"))

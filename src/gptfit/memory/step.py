@@ -7,14 +7,13 @@ from functools import lru_cache, partial
 from gptfit.config import RunConfig, derive
 from gptfit.memory import ops, optimizers, sharding
 from gptfit.memory.autograd import Parameter, Writer
-from gptfit.memory.compiled import CompiledNanoGPT, CompiledOurs
+from gptfit.memory.compiled_budget import compiled_twin
 from gptfit.memory.nanogpt import NanoGPT
 from gptfit.memory.ours import Ours
 from gptfit.memory.programs import Program
 from gptfit.memory.tape import Buffer, Event, Item, Loop, Mark, Tape, make_buffer
 
 PROGRAMS: dict[str, type[Program]] = {"nanogpt": NanoGPT, "gptfit": Ours}
-COMPILED: dict[str, type[Program]] = {"nanogpt": CompiledNanoGPT, "gptfit": CompiledOurs}
 LOSS = make_buffer("loss", "activation", (), "float32")
 
 
@@ -62,6 +61,8 @@ def micro_step(w: Writer, program: Program, kept: bool) -> tuple[list[Item], int
 def evaluation(w: Writer, program: str, run: RunConfig) -> list[Item]:
     """One batch of the validation loss: no gradients, so each activation goes as soon as the next is there."""
     own = derive(run, batch_size=run.eval_batch_size) if run.eval_batch_size != run.batch_size else run
+    if own.activation_memory_budget < 1:  # nothing is kept, whatever the budget
+        own = derive(own, activation_memory_budget=1.0)
     twin = twin_of(program, w, own)
     w.grad_enabled = w.training = False
     x, y = (w.empty(*buffer[:4]) for buffer in batch_buffers(twin.run))
@@ -78,7 +79,7 @@ def batch_buffers(run: RunConfig) -> tuple[Buffer, Buffer]:
 
 def twin_of(program: str, w: Writer, run: RunConfig) -> Program:
     compiled = run.compile and sharding.strategy_of(run) != "fsdp"
-    return (COMPILED if compiled else PROGRAMS)[program](w, run)
+    return compiled_twin(program, w, run) if compiled else PROGRAMS[program](w, run)
 
 
 def pieces(run: RunConfig, program: str, whole: bool = True, kernels: bool = False) -> Pieces:
