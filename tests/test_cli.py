@@ -2,6 +2,7 @@
 
 import io
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -179,6 +180,28 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
     assert process.stderr.read() == ""
     assert process.wait(30) == 0
     process.stderr.close()
+
+
+@pytest.mark.parametrize(
+    ("redirection", "code", "said"),
+    [
+        ("plan --gpu rtx4070 >&-", 0, ""),
+        ("plan --gpu rtx4071 2>&-", 2, ""),
+        ("plan --gpu rtx4070 <&- >&- 2>&-", 0, ""),
+        ("explain-oom <&-", 2, "error: the pasted text is empty, expected the text of an error"),
+        pytest.param(
+            "estimate --json > /dev/full",
+            2,
+            "error: cannot write the answer: no space left on device",
+            marks=pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux alone has it"),
+        ),
+    ],
+)
+def test_streams_may_be_closed_or_full(redirection: str, code: int, said: str) -> None:
+    line = f"{shlex.quote(sys.executable)} -m gptfit {redirection}"
+    done = subprocess.run(["sh", "-c", line], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (code, "")
+    assert (done.stderr.splitlines() or [""])[0] == said
 
 
 # CONFIG and overrides

@@ -28,6 +28,9 @@ for part in (fit, check, runs, cards, here):
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Runs one command and exits with its code; the only place where errors become lines."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # the shell closed it (>&-): nothing comes from there, what goes there is gone
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
     debug = "--debug" in words
     try:
         code = _invoke([word for word in words if word != "--debug"])

@@ -8,8 +8,11 @@ from rich.text import Text
 
 from gptfit.estimate import Needs, TensorRow
 from gptfit.memory.tape import ALIGNMENT_BYTES, DTYPE_BYTES, rounded
-from gptfit.report.terminal import QUIET, hanging, table, title
+from gptfit.report.terminal import QUIET, ByWidth, hanging, table, title
 from gptfit.units import format_mib
+
+# A sum of so many characters leaves room for its name in 80 columns, and then it is not cut in two.
+LONGEST = 42
 
 # How each category comes about.
 WHY = {
@@ -37,7 +40,10 @@ def formulas_view(needs: Needs) -> Iterator[RenderableType]:
         if small_bytes:
             rows.append((f"{len(small_bytes)} smaller", "", f"{sum(small_bytes):,} B", format_mib(sum(small_bytes))))
         rows.append(("sum", "", "", format_mib(n_bytes)))
-        yield table(("", "dtype", "count × [shape] × bytes", "MiB"), rows, right=("MiB",))
+        columns = ("", "dtype", "count × [shape] × bytes", "MiB")
+        folded = table(columns, rows, right=("MiB",))
+        fits = max(len(sum_) for _, _, sum_, _ in rows) <= LONGEST
+        yield ByWidth(table(columns, rows, right=("MiB",), whole=columns[1:]), folded) if fits else folded
     yield Text(f"\n  allocated, the sum of all: {format_mib(needs.allocated_bytes)} MiB")
 
 

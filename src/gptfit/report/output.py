@@ -5,6 +5,8 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
+from gptfit.errors import GptfitError
+
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
@@ -46,14 +48,23 @@ def write_json(answer: Mapping[str, object]) -> None:
 
 
 def write(text: str) -> None:
-    """Text to stdout; what its encoding lacks is written in ASCII. Raises BrokenPipeError once nobody reads."""
+    """Text to stdout; what its encoding lacks is written in ASCII.
+
+    Raises BrokenPipeError once nobody reads, GptfitError where it cannot be written for another reason.
+    """
     encoding = sys.stdout.encoding or "utf-8"
     try:
         text.encode(encoding)
     except UnicodeEncodeError:
         text = text.translate(PLAIN).encode(encoding, "replace").decode(encoding)
-    sys.stdout.write(text)
-    sys.stdout.flush()
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        close_quietly()  # what is still to be written would fail again
+        raise GptfitError(f"cannot write the answer: {(error.strerror or str(error)).lower()}", "") from None
 
 
 def close_quietly() -> None:

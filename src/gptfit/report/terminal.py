@@ -38,8 +38,10 @@ def headline(verdict: str | None, text: str, certain: bool | None = True) -> Tex
     return Text.assemble((word, style), text)
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[str | Text]], right: Sequence[str] = ()) -> RenderableType:
-    """Indented columns without lines; those in `right` are aligned to the right, the last one wraps."""
+def table(
+    columns: Sequence[str], rows: Iterable[Sequence[str | Text]], right: Sequence[str] = (), whole: Sequence[str] = ()
+) -> RenderableType:
+    """Indented columns without lines; those in `right` are aligned to the right, those in `whole` wrap last."""
     grid = Table(
         box=None,
         pad_edge=False,
@@ -48,7 +50,9 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str | Text]], right: S
         show_header=any(column.strip() for column in columns),
     )
     for column in columns:
-        grid.add_column(column, justify="right" if column in right else "left", overflow="fold")
+        grid.add_column(
+            column, justify="right" if column in right else "left", overflow="fold", no_wrap=column in whole
+        )
     for row in rows:
         grid.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
     return Padding(grid, (0, 0, 0, 2), expand=False)
