@@ -65,6 +65,10 @@ LEVERS: dict[str, Lever] = {
         {"activation_checkpointing": "block"},
         "keeps the input of each block alone and computes the block again in backward",
     ),
+    "budget": Lever(
+        {"activation_memory_budget": 0.9},
+        "keeps what matmuls and attention give; norms and activations are made again inside backward's kernels",
+    ),
     "remake": Lever(
         {"recompute_cheap": True},
         "norms' outputs, activations and weight copies are made again in backward instead of kept",

@@ -7,6 +7,7 @@ user set are kept, unless nothing fits; the tokens of a step are kept in any cas
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 from gptfit.config import RunConfig, check_key, derive
 from gptfit.door import ConfigSource
@@ -24,6 +25,7 @@ FREE: dict[str, tuple[object, ...]] = {
     "compile": (True, False),
     "activation_checkpointing": ("none", "block"),
     "optimizer_impl": ("fused",),
+    "activation_memory_budget": (1.0, 0.9),
 }
 # Tried when nothing fits, or with --allow: these change the numbers.
 LAST_RESORT: dict[str, tuple[object, ...]] = {
@@ -215,8 +217,17 @@ def options(run: RunConfig, profile: GpuProfile, kept: Iterable[str], allow: Seq
 
 
 def _is_valid(run: RunConfig, choice: Mapping[str, object]) -> bool:
-    """Whether weights in bf16 meet activations in bf16, and no average of them is kept (config.py)."""
-    param_dtype, dtype = (choice.get(key, getattr(run, key)) for key in ("param_dtype", "dtype"))
+    """Whether weights in bf16 meet activations in bf16, and no average of them is kept (config.py); and whether the
+    partitioner, which alone reads a memory budget, has a graph to cut and no checkpoints to keep."""
+
+    def chosen(key: str) -> Any:
+        return choice.get(key, getattr(run, key))
+
+    if chosen("activation_memory_budget") < 1 and (
+        not chosen("compile") or chosen("activation_checkpointing") != "none" or run.strategy == "fsdp"
+    ):
+        return False
+    param_dtype, dtype = chosen("param_dtype"), chosen("dtype")
     return param_dtype != "bfloat16" or (dtype == "bfloat16" and not run.ema_decay)
 
 
@@ -282,7 +293,10 @@ class Search:
         while low < high:  # doubling first, as the answer is usually far below the largest
             middle = min(high, low + step)
             run = self.derived(combination, middle)
-            live_bytes, flops_per_token = steady_peak(run, "gptfit")
+            try:
+                live_bytes, flops_per_token = steady_peak(run, "gptfit")
+            except GptfitError:  # a budget below what can be estimated, for these shapes
+                return
             if live_bytes + self.overhead_bytes <= self.usable_bytes:
                 low, step = middle, step * 2
             else:

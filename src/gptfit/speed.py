@@ -83,6 +83,9 @@ EAGER_TRAFFIC = 1.35
 # Read and written once more where norms' outputs, activations and weight copies are made again: counted off layers.py,
 # not measured on a GPU; on a CPU a step takes 1 to 2 % longer.
 REMADE_WIDTH_BYTES, REMADE_HIDDEN_BYTES = 28, 4
+# Of a compiled block under activation_memory_budget, made again in backward: the MLP's activation, written once more,
+# both norms' outputs, and the sums of the stream (four reads or writes). Counted, not measured.
+LEAN_WIDTH_PASSES = 6
 # Python and the driver, for each kernel, where nothing else is waited for. No row here is that small.
 LAUNCH_SECONDS = 5e-6
 # Kernels of one block, forward and backward, of one chunk of the loss, and of the rest of a micro-step and a step.
@@ -183,6 +186,8 @@ def step_time(
     block_bytes = n_layer * block_token_bytes(run) * (1 + recompute)
     if not run.compile:
         block_bytes *= EAGER_TRAFFIC
+    if run.activation_memory_budget < 1:
+        block_bytes += n_layer * DTYPE_BYTES[run.dtype] * (run.n_hidden + LEAN_WIDTH_PASSES * n_embd)
     if run.recompute_cheap:
         block_bytes += n_layer * (REMADE_WIDTH_BYTES * n_embd + REMADE_HIDDEN_BYTES * run.n_hidden)
     traffic = offload_seconds(run) if run.activation_offload else 0.0
@@ -193,8 +198,7 @@ def step_time(
         kernels += CHUNK_KERNELS * math.ceil(n_tokens / run.loss_chunk_size)
 
     update_bytes, update_flops = optimizer_work(run, n_params, max(0.0, matmul_params - head_params))
-    shards = n_gpus if run.strategy == "fsdp" else 1
-    optimizer = update_bytes / shards / bandwidth + update_flops * rate
+    optimizer = update_bytes / run.shards / bandwidth + update_flops * rate
     if run.optimizer_impl == "for-loop":
         optimizer = max(optimizer, n_layer * LOOP_STEP_KERNELS * LAUNCH_SECONDS)
     all_reduce, sharding = between_cards(run, profile, n_params) if n_gpus > 1 else (0.0, 0.0)
@@ -275,10 +279,11 @@ def optimizer_work(run: RunConfig, n_params: float, n_block_params: float) -> tu
 
 def between_cards(run: RunConfig, profile: GpuProfile, n_params: float) -> tuple[float, float]:
     """Seconds once a step (DDP: a ring all-reduce of the gradients, taken as not hidden behind backward) and seconds
-    of each micro-step that can hide behind compute (FSDP: two all-gathers and a reduce-scatter)."""
+    of each micro-step that can hide behind compute (FSDP: two all-gathers and a reduce-scatter). HSDP does both: FSDP
+    within a node, and an all-reduce of each GPU's part over the nodes, here as if they were linked as cards are."""
     nvlink = profile.compute_capability in NVLINK_CAPABILITIES
     link = NVLINK_BYTES_PER_SECOND if nvlink else PCIE_BYTES_PER_SECOND
-    around = (run.n_gpus - 1) / run.n_gpus * n_params / link
-    if run.strategy == "fsdp":
-        return 0.0, around * (2 * DTYPE_BYTES[run.dtype] + DTYPE_BYTES[run.param_dtype])
-    return 2 * around * DTYPE_BYTES[run.param_dtype], 0.0
+    copies = run.n_gpus // run.shards
+    between = 2 * (copies - 1) / copies * n_params / run.shards / link * DTYPE_BYTES[run.param_dtype]
+    within = (run.shards - 1) / run.shards * n_params / link
+    return between, within * (2 * DTYPE_BYTES[run.dtype] + DTYPE_BYTES[run.param_dtype])
