@@ -239,6 +239,13 @@ def test_a_saved_plan_is_the_run_that_was_chosen(gptfit: Any, tmp_path: Path) ->
     assert f"gptfit train {path}" in gptfit("plan", "gpt2", "n_layer=2", "--gpu", "rtx4070", "--save", path).out
 
 
+def test_a_name_with_spaces_is_quoted_in_what_to_type(gptfit: Any, tmp_path: Path) -> None:
+    path = tmp_path / "my rün.yaml"
+    shown = gptfit("plan", "--gpu", "rtx4070", "--save", str(path)).out
+    assert shown.rstrip().endswith(f"gptfit train '{path}'")
+    assert gptfit("estimate", str(path), "--gpu", "rtx4070").code == 0
+
+
 def test_what_to_type_next_can_be_typed(gptfit: Any, nanogpt_config: str) -> None:
     """The commands that an answer ends with are accepted, and are about the run that was asked for."""
     shown = gptfit("plan", nanogpt_config, "--batch_size=64", "n_layer=12", "--gpu", "rtx4070").out

@@ -1,5 +1,6 @@
 """What an estimate's object promises of itself, over runs of all kinds: it adds up, and its figures are in order."""
 
+import pickle
 import random
 from collections.abc import Iterator
 from typing import Any, get_args
@@ -10,6 +11,7 @@ from gptfit.config import RunConfig, make_run
 from gptfit.errors import GptfitError
 from gptfit.estimate import estimate
 from gptfit.gpus import load_gpu
+from gptfit.memory.plainpickle import load_plain
 from gptfit.memory.step import PROGRAMS
 
 CARDS = ("gtx1060-3gb", "rtx4070", "h100-sxm", "mi300x", None)
@@ -88,3 +90,11 @@ def test_an_estimate_adds_up_and_its_figures_are_in_order(seed: int) -> None:
         assert gpu["reserve_bytes"] == reserve_bytes
         assert answer["margin_bytes"] == gpu["usable_bytes"] - peak["process_bytes"]
         assert answer["verdict"] == ("fits" if answer["margin_bytes"] >= 0 else "does_not_fit")
+
+
+def test_a_recording_that_was_cut_off_is_said_to_be() -> None:
+    """Wherever it is cut: a copy that broke off is no attack."""
+    raw = pickle.dumps({"device_traces": [[{"action": "alloc", "addr": 1 << 40, "size": 2.5, "name": "x" * 300}]]})
+    for length in range(1, len(raw)):
+        with pytest.raises(GptfitError, match="ends in the middle|is a damaged pickle"):
+            load_plain(raw[:length], "cut.pickle")

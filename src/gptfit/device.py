@@ -77,6 +77,8 @@ def pick_device(name: str = "") -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0][:200]
+        if reason.startswith("Expected one of"):  # torch goes on with all that it has ever known
+            reason = "there is no such kind"
         raise GptfitError(f'device "{name}" cannot be used: {reason}', "devices are cuda, cuda:1 …, mps, cpu") from None
     return device
 

@@ -20,6 +20,7 @@ SIZED = {ord("X"): 4, 0x8C: 1, 0x8D: 8}  # text: bytes of its length
 MEMO = ord("r")  # LONG_BINPUT
 TUPLES = frozenset((0x85, 0x86, 0x87, ord("t")))
 PROTO, STOP = 0x80, ord(".")
+LONGEST = 9  # an opcode and a number of 8 bytes: what is left of one that was cut off is shorter
 # Nested tuples are hashed by recursion in C, which a long chain of them would overflow.
 MAX_TUPLES = 10_000
 # Lists, dictionaries and pairs: an upper bound, as it counts bytes. 64 bytes and more each, made by a single one.
@@ -73,4 +74,6 @@ def check_plain(raw: bytes, name: str) -> None:
             at += 1
         elif run is None or at >= len(raw):
             what = "ends in the middle" if at >= len(raw) else f"holds more than plain data at byte {at}"
+            if at < len(raw) < at + LONGEST:
+                what = f"ends in the middle, or {what}"
             raise GptfitError(f"{name} is not a readable memory snapshot: it {what}", HINT)

@@ -1,5 +1,6 @@
 """A plan at the terminal: the best run that fits, what it changes, and what each single change would do."""
 
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 
 from rich.console import RenderableType
@@ -154,6 +155,6 @@ def next_lines(plan: Plan, source: ConfigSource, asked: Asked, saved: str | None
         yield asked.nanogpt(change.change)
     if plan.choice is not None:
         changes = {key: value for key, value in plan.choice.items() if getattr(source.run, key) != value}
-        yield f"gptfit train {saved}" if saved else asked.gptfit("train", changes)
+        yield shlex.join(["gptfit", "train", saved]) if saved else asked.gptfit("train", changes)
     else:
         yield asked.gptfit("plan", {}, "--gpu", "all")
