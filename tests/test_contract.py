@@ -96,5 +96,5 @@ def test_a_recording_that_was_cut_off_is_said_to_be() -> None:
     """Wherever it is cut: a copy that broke off is no attack."""
     raw = pickle.dumps({"device_traces": [[{"action": "alloc", "addr": 1 << 40, "size": 2.5, "name": "x" * 300}]]})
     for length in range(1, len(raw)):
-        with pytest.raises(GptfitError, match="ends in the middle|is a damaged pickle"):
+        with pytest.raises(GptfitError, match=r"ends in the middle|is a damaged pickle"):
             load_plain(raw[:length], "cut.pickle")
