@@ -10,7 +10,7 @@ import torch
 
 from gptfit import checkpoint as module
 from gptfit.checkpoint import Checkpoint, checkpoint_paths, latest_valid, load, restore_rng, rng_state, save
-from gptfit.config import make_run
+from gptfit.config import derive, make_run
 from gptfit.errors import GptfitError
 
 RUN = make_run({"n_layer": 1, "n_head": 1, "n_embd": 4, "vocab_size": 5, "seed": -3, "learning_rate": 3e-4})
@@ -24,6 +24,14 @@ def make(step: int, **changes: Any) -> Checkpoint:
         "tokenizer": "char:\nab", "data_fingerprint": "f00",
     }  # fmt: skip
     return Checkpoint(**{**values, **changes})
+
+
+@pytest.mark.parametrize("keep", [1, 3])
+def test_as_many_are_kept_as_the_run_says(tmp_path, keep):
+    run = derive(RUN, keep_checkpoints=keep)
+    for step in (1, 2, 3, 4, 5):
+        save(tmp_path, make(step, run=run))
+    assert steps(tmp_path) == [5, 4, 3][:keep]
 
 
 def steps(folder: Path) -> list[int]:

@@ -1,5 +1,6 @@
 """Whole runs on a CPU: resumed, interrupted, split otherwise, out of memory; and what they leave on disk."""
 
+import errno
 import io
 import json
 import math
@@ -129,6 +130,21 @@ def test_a_signal_ends_the_step_saves_and_leaves_the_handlers_as_they_were(datas
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
+def test_sigusr1_saves_and_goes_on_as_often_as_it_comes(dataset, tmp_path):
+    events: list[Event] = []
+
+    def listen(event: Event) -> None:
+        events.append(event)
+        if isinstance(event, Stepped) and event.step in (3, 7):
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    before = signal.getsignal(signal.SIGUSR1)
+    finished = train(tiny(dataset), tmp_path, on_event=listen)
+    assert (finished.step, finished.stopped_by) == (10, "")
+    assert [event.step for event in events if isinstance(event, Saved)] == [3, 5, 7, 10]
+    assert signal.getsignal(signal.SIGUSR1) == before
+
+
 def test_a_second_signal_is_obeyed_at_once(dataset, tmp_path):
     def twice() -> None:
         os.kill(os.getpid(), signal.SIGINT)
@@ -223,6 +239,61 @@ def test_a_loss_that_is_no_number_stops_the_run_before_it_is_saved(dataset, tmp_
         train(tiny(dataset, eval_interval=0), tmp_path)
     found = checkpoint.latest_valid(tmp_path)
     assert found is not None and found.checkpoint.step == 5
+
+
+def full_disk(*_: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("what", ["checkpoint", "metrics"])
+def test_a_full_disk_is_one_line_and_the_run_goes_on_from_the_previous_checkpoint(dataset, tmp_path, monkeypatch, what):
+    run = tiny(dataset)
+    train(run, tmp_path / "whole")
+
+    def fill() -> None:
+        monkeypatch.setattr(*((os, "fsync", full_disk) if what == "checkpoint" else (metrics.json, "dumps", full_disk)))
+
+    with pytest.raises(GptfitError, match="no space left to write") as caught:
+        train(run, tmp_path / "parts", on_event=stop_at(7, fill))
+    monkeypatch.undo()
+    assert "\n" not in caught.value.message
+    found = checkpoint.latest_valid(tmp_path / "parts")
+    assert found is not None and (found.checkpoint.step, found.skipped) == (5, ())
+    train(run, tmp_path / "parts", resume=True)
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(dataset, tmp_path, monkeypatch):
+    def read_only(*_: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    real = Path.open
+
+    def opened(path: Path, mode: str = "r", *rest: Any, **options: Any) -> Any:
+        return read_only() if "w" in mode or "a" in mode else real(path, mode, *rest, **options)
+
+    monkeypatch.setattr(Path, "open", opened)
+    with pytest.raises(GptfitError, match=r'cannot write ".*run.yaml": read-only file system'):
+        train(tiny(dataset), tmp_path)
+    monkeypatch.setattr(Path, "mkdir", read_only)
+    with pytest.raises(GptfitError, match=r'cannot make the folder ".*new": read-only file system'):
+        train(tiny(dataset), tmp_path / "new")
+
+
+def test_a_damaged_newest_checkpoint_is_said_and_the_one_before_it_goes_on(dataset, tmp_path):
+    run = tiny(dataset)
+    train(run, tmp_path / "whole")
+    train(run, tmp_path / "parts")
+    newest = checkpoint.checkpoint_paths(tmp_path / "parts")[0]
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest.write_bytes(content)
+    events: list[Event] = []
+    train(run, tmp_path / "parts", resume=True, on_event=events.append)
+    notes = [event.text for event in events if isinstance(event, Note)]
+    assert len(notes) == 1 and newest.name in notes[0] and notes[0].endswith("passed over")
+    assert [event.step for event in events if isinstance(event, Started)] == [5]
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
 
 
 def test_folders_are_not_mixed_up(dataset, tmp_path):

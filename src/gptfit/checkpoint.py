@@ -1,8 +1,8 @@
 """Checkpoints: what a run needs to go on as if it had never stopped, whole on disk or not there at all.
 
-A folder keeps the newest two. One is written beside them, synced and renamed, so a crash or a full disk
-at any moment leaves the previous one; and should the newest be damaged later, the one before it serves.
-(So there are three for the moment between the rename and the removal of the oldest.)
+A folder keeps the newest few, two if `keep_checkpoints` does not say otherwise. One is written beside them, synced
+and renamed, so a crash or a full disk at any moment leaves the previous one; and should the newest be damaged later,
+the one before it serves. (So there is one more for the moment between the rename and the removal of the oldest.)
 """
 
 import pickle
@@ -21,7 +21,6 @@ from gptfit.replacing import replacing
 
 FORMAT = 1
 PATTERN = "checkpoint-*.pt"
-KEPT = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +78,7 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> Path:
-    """Writes a checkpoint and removes all but the previous one.
+    """Writes a checkpoint and removes the oldest, so that as many stay as its run's `keep_checkpoints` says.
 
     Raises GptfitError where the disk is full or cannot be written; the previous checkpoint is untouched then, and
     what was written of the new one is gone.
@@ -90,7 +89,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
             leftover.unlink()
     with replacing(path) as file:
         torch.save(checkpoint.as_plain(), file)
-    for old in [old for old in checkpoint_paths(folder) if old != path][KEPT - 1 :]:
+    for old in [old for old in checkpoint_paths(folder) if old != path][checkpoint.run.keep_checkpoints - 1 :]:
         with suppress(OSError):
             old.unlink()
     return path

@@ -96,6 +96,7 @@ class RunConfig(ModelConfig):
     eval_iters: int = Field(200, ge=1)
     eval_batch_size: int = Field(default_factory=lambda data: data.get("batch_size", 1), ge=1)
     checkpoint_interval: int = Field(default_factory=lambda data: data.get("eval_interval", 2000) or 2000, ge=0)
+    keep_checkpoints: int = Field(2, ge=1)
     log_interval: int = Field(1, ge=1)
     patience: int = Field(0, ge=0)
     sample_interval: int = Field(0, ge=0)
@@ -106,7 +107,8 @@ class RunConfig(ModelConfig):
     tokenizer: str = ""
     expandable_segments: bool = True
     n_gpus: int = Field(1, ge=1)
-    strategy: Literal["single", "ddp", "fsdp"] = Field(
+    shard_gpus: int = Field(default_factory=lambda data: min(8, data.get("n_gpus", 1)), ge=1)
+    strategy: Literal["single", "ddp", "fsdp", "hsdp"] = Field(
         default_factory=lambda data: "single" if data.get("n_gpus", 1) == 1 else "ddp"
     )
 
@@ -119,6 +121,15 @@ class RunConfig(ModelConfig):
             )
         if self.strategy == "single" and self.n_gpus > 1:
             raise ValueError(f"strategy single is for one GPU, but n_gpus is {self.n_gpus}")
+        return self
+
+    @model_validator(mode="after")
+    def _nodes_are_whole(self) -> Self:
+        if self.strategy == "hsdp" and (self.shard_gpus == 1 or self.n_gpus % self.shard_gpus or self.n_nodes == 1):
+            raise ValueError(
+                f"strategy hsdp shards over shard_gpus {self.shard_gpus} and replicates that over several nodes, "
+                f"but n_gpus is {self.n_gpus}"
+            )
         return self
 
     @model_validator(mode="after")
@@ -177,6 +188,16 @@ class RunConfig(ModelConfig):
         if self.optimizer_in_backward and wrong:
             raise ValueError(f"optimizer_in_backward needs {', '.join(wrong)}".replace("compile=0", "compile=False"))
         return self
+
+    @property
+    def shards(self) -> int:
+        """GPUs that share each parameter, gradient and state; 1 where each has the whole."""
+        return {"fsdp": self.n_gpus, "hsdp": self.shard_gpus}.get(self.strategy, 1)
+
+    @property
+    def n_nodes(self) -> int:
+        """Groups of `shard_gpus` GPUs."""
+        return self.n_gpus // self.shard_gpus
 
     @property
     def micro_steps(self) -> int:

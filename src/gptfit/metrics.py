@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gptfit.events import Stepped
-from gptfit.replacing import replacing
+from gptfit.replacing import not_written, replacing
 
 NAME = "metrics.jsonl"
 
@@ -16,10 +16,16 @@ SOMETIMES = ("val_loss", "val_bpb")
 
 
 def append(folder: Path, record: Stepped) -> None:
-    """Adds one line. What is no finite number is null: JSON has no word for it."""
+    """Adds one line. What is no finite number is null: JSON has no word for it.
+
+    Raises GptfitError where the disk is full or cannot be written; what a resume finds then is a torn line at most.
+    """
     plain = {key: finite(value) for key, value in asdict(record).items() if key not in SOMETIMES or value is not None}
-    with (folder / NAME).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(plain) + "\n")
+    try:
+        with (folder / NAME).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(plain) + "\n")
+    except OSError as error:
+        raise not_written(folder / NAME, error) from error
 
 
 def read(folder: Path) -> list[dict[str, Any]]:

@@ -35,13 +35,18 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         cause = os_error(error)
         if cause is None:
             raise
-        if cause.errno in FULL:
-            raise GptfitError(
-                f'no space left to write "{path}"; nothing that was there before is lost',
-                "free some space there, or write to another folder",
-            ) from error
-        reason = (cause.strerror or str(cause)).lower()
-        raise GptfitError(f'cannot write "{path}": {reason}', "write to another folder") from error
+        raise not_written(path, cause) from error
+
+
+def not_written(path: Path, cause: OSError) -> GptfitError:
+    """The line for a file that could not be written."""
+    if cause.errno in FULL:
+        return GptfitError(
+            f'no space left to write "{path}"; nothing that was there before is lost',
+            "free some space there, or write to another folder",
+        )
+    reason = (cause.strerror or str(cause)).lower()
+    return GptfitError(f'cannot write "{path}": {reason}', "write to another folder")
 
 
 def os_error(error: BaseException) -> OSError | None:

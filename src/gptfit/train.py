@@ -43,7 +43,8 @@ def train(
     device_name: str = "",
     refit: Refit | None = None,
 ) -> Finished:
-    """Trains `run` to its end, or until SIGINT or SIGTERM. Leaves run.yaml, metrics.jsonl and checkpoints in `out_dir`.
+    """Trains `run` to its end, or until SIGINT or SIGTERM; SIGUSR1 saves a checkpoint and goes on. Leaves run.yaml,
+    metrics.jsonl and checkpoints in `out_dir`.
 
     `predicted` are an estimate's figures in bytes (allocated_bytes, reserved_bytes, process_bytes), reported
     beside what the second step measured on a GPU; `refit` is asked then whether another run, of the same numbers of
@@ -81,7 +82,7 @@ def _run(
     watch = Watch(run, session.data, session.model, out, emit, ranks.first, session.averaged)
     pressure = Pressure()
     with stop_on_signal() as asked:
-        stopped = _agreed(ranks, asked)
+        stopped, _ = _agreed(ranks, asked)
         while session.step < run.max_iters and not stopped:
             record = _step(session)
             correction = None
@@ -97,9 +98,10 @@ def _run(
                 if ranks.first:
                     metrics.append(out, record)
             watch.tell(record)
-            stopped = _agreed(ranks, asked) or watch.spent(record)
+            stopped, wanted = _agreed(ranks, asked)
+            stopped = stopped or watch.spent(record)
             due = run.checkpoint_interval and session.step % run.checkpoint_interval == 0
-            if due or last or stopped:
+            if due or wanted or last or stopped:
                 saved = _save(session, out)
                 emit(saved)
             if correction and not (last or stopped):
@@ -112,10 +114,12 @@ def _run(
     return finished
 
 
-def _agreed(ranks: Ranks, asked: Asked) -> str:
-    """The signal that some rank was sent, known to all; empty where none was."""
-    number = int(ranks.largest(signal.Signals[asked.signal] if asked.signal else 0)[0])
-    return signal.Signals(number).name if number else ""
+def _agreed(ranks: Ranks, asked: Asked) -> tuple[str, bool]:
+    """The signal to stop that some rank was sent, empty where none was, and whether one was asked to save; known to
+    all."""
+    number, save = ranks.largest(signal.Signals[asked.signal] if asked.signal else 0, asked.save)
+    asked.save = False
+    return signal.Signals(int(number)).name if number else "", save > 0
 
 
 def _save(session: Session, out: Path) -> Saved:
