@@ -28,6 +28,12 @@ HEADS = st.sampled_from([1, 2, 3, 4, 6, 8, 12])
         ({"n_gpus": 2, "strategy": "single"}, "strategy single is for one GPU"),
         ({"block_size": 10**13}, "expected at most 1e+12"),
         ({"block_size": 10**6000}, "block_size=a number of 19932 bits"),
+        ({"activation_memory_budget": 0}, "activation_memory_budget=0: expected greater than 0"),
+        ({"activation_memory_budget": 0.9, "compile": False}, "activation_memory_budget=0.9 is for compile=True"),
+        (
+            {"activation_memory_budget": 0.9, "activation_checkpointing": "block"},
+            "goes with activation_checkpointing=none, not block",
+        ),
         ({"dataset": "a\nb", "loss": "x\ny"}, "loss=x\\ny: expected"),
     ],
 )

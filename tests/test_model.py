@@ -218,6 +218,33 @@ def test_compiling_breaks_no_graph_and_changes_no_number(changes):
     assert compiled.logits(idx).shape == (3, plain.run.vocab_size)
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("loss", ["chunked", "full"])
+def test_a_memory_budget_keeps_less_and_changes_no_number(loss):
+    """Under torch.compile's own front end and partitioner."""
+    kept, grads = [], []
+    for budget in (1.0, 0.9):
+        torch._dynamo.reset()
+        model = build(loss=loss, activation_memory_budget=budget, block_size=64)
+        compile_model(model, backend="aot_eager_decomp_partition", fullgraph=True)
+        own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        sizes: dict[int, int] = {}
+
+        def pack(tensor, own=own, sizes=sizes):
+            if tensor.untyped_storage().data_ptr() not in own:
+                sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            result = model(*batch(model.run, n=16))
+        result.backward()
+        kept.append(sum(sizes.values()))
+        grads.append([p.grad for p in model.parameters()])
+    assert kept[1] < 0.8 * kept[0]
+    for usual, lean in zip(*grads, strict=True):
+        torch.testing.assert_close(lean, usual, rtol=1e-4, atol=1e-6)
+
+
 def test_parameters_are_named_and_shaped_as_nanogpt_names_them():
     model = GPT(make_run({**TINY, "bias": True}))
     c, v, t = 32, 61, 16

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from gptfit.config import RunConfig
+from gptfit.errors import GptfitError
 from gptfit.estimate import Estimate, estimate
 from gptfit.trace import Traced, trace_program
 
@@ -27,15 +28,18 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """One run, estimated and traced."""
+    """One run, estimated and traced; `unknown` says why there is no estimate, and is "" where there is one."""
 
-    estimate: Estimate
+    estimate: Estimate | None
     traced: Traced
     differences: tuple[Difference, ...]
+    unknown: str = ""
 
     @property
     def passed(self) -> bool:
-        """Whether the live peaks agree to within TOLERANCE."""
+        """Whether the live peaks agree to within TOLERANCE, or nothing is claimed."""
+        if self.estimate is None:
+            return True
         traced_bytes = self.traced.live_bytes
         return abs(self.estimate.live_bytes - traced_bytes) <= TOLERANCE * traced_bytes
 
@@ -45,7 +49,8 @@ class Verification:
         return {
             "schema": "gptfit.verify/1",
             "passed": self.passed,
-            "estimate": self.estimate.to_json(),
+            "estimate": self.estimate.to_json() if self.estimate else None,
+            "unknown": self.unknown,
             "traced": {
                 "live_bytes": traced.live_bytes,
                 "saved_for_backward_bytes": traced.saved_for_backward_bytes,
@@ -66,9 +71,18 @@ class Verification:
 
 
 def verify(run: RunConfig, program: str = "gptfit") -> Verification:
-    """Estimates and traces one steady step of `run`. Raises GptfitError for what the program cannot do."""
-    estimated, traced = estimate(run, program), trace_program(run, program)
-    return Verification(estimated, traced, tuple(differences(estimated, traced)))
+    """Estimates and traces one steady step of `run`. Of a memory budget that has no estimate the trace alone.
+
+    Raises GptfitError for what the program cannot do.
+    """
+    try:
+        estimated, unknown = estimate(run, program), ""
+    except GptfitError as error:
+        if run.activation_memory_budget == 1:
+            raise
+        estimated, unknown = None, error.message
+    traced = trace_program(run, program)
+    return Verification(estimated, traced, tuple(differences(estimated, traced)) if estimated else (), unknown)
 
 
 def differences(estimated: Estimate, traced: Traced) -> Iterator[Difference]:

@@ -275,7 +275,7 @@ def compiled_twin(program: str, w: Writer, run: RunConfig) -> Compiled:
         raise GptfitError(
             f"activation_memory_budget={budget:g} cannot be estimated: below {max(share, 0):.2f} of this run torch's "
             "partitioner alone knows what it keeps",
-            "0.9 can, and keeps next to no time less; `gptfit verify` traces any budget",
+            "0.9 can; `gptfit verify` traces any budget",
         )
     return LEAN[program](w, run)
 

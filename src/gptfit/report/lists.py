@@ -71,6 +71,13 @@ def refusal_view(estimate: "Estimate", levers: Sequence["LeverEffect"], asked: "
 def verification_view(answer: "Verification") -> Iterator[RenderableType]:
     """Whether estimate and trace agree, then where they do not."""
     estimated, traced = answer.estimate, answer.traced
+    if estimated is None:
+        yield Text(
+            f"Traced: {format_bytes(traced.live_bytes)} live at the peak, "
+            f"{format_bytes(traced.saved_for_backward_bytes)} kept for backward"
+        )
+        yield Text(answer.unknown, style=QUIET)
+        return
     word, style = ("Agrees: ", GOOD) if answer.passed else ("Differs: ", BAD)
     yield Text.assemble(
         (word, style),
