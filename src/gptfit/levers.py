@@ -143,7 +143,12 @@ def effect_of(
     lever: Lever, given: Estimate, run: RunConfig, program: str, profile: GpuProfile, reserve_bytes: int
 ) -> LeverEffect | None:
     """None where the changed run cannot be estimated."""
-    changes = {key: value for key, value in lever.change.items() if key != "program"}
+    change = dict(lever.change)
+    if run.activation_memory_budget < 1 and (
+        change.get("compile") is False or change.get("activation_checkpointing", "none") != "none"
+    ):
+        change["activation_memory_budget"] = 1.0  # which neither goes with (config.py)
+    changes = {key: value for key, value in change.items() if key != "program"}
     if lever.program == "gptfit":
         changes = {"loss": "chunked"}
     program = lever.program or program
@@ -159,7 +164,7 @@ def effect_of(
         full = estimate(after, program, profile, reserve_bytes, given.interval.risk)
         fits, certain = full.verdict == "fits", bool(full.certain)
     delta_bytes = live_bytes - given.live_bytes
-    return LeverEffect(lever.change, delta_bytes, slower(given, speed), fits, certain, lever.numerics, lever.why)
+    return LeverEffect(change, delta_bytes, slower(given, speed), fits, certain, lever.numerics, lever.why)
 
 
 def fits_surely(live_bytes: int, profile: GpuProfile, reserve_bytes: int) -> bool | None:

@@ -71,6 +71,7 @@ def others(base: RunConfig, tokens: int) -> Iterator[RunConfig]:
                     base,
                     loss=loss,
                     activation_checkpointing=checkpointing,
+                    activation_memory_budget=1.0,  # which goes with all of them
                     batch_size=size,
                     gradient_accumulation_steps=steps,
                 )
