@@ -104,7 +104,7 @@ def diverge(rank: int, run: dict[str, Any], folder: Path) -> None:
 
 def test_a_loss_that_is_no_number_on_one_rank_ends_both_and_is_said_once(dataset, tmp_path):
     as_processes(2, diverge, small(dataset, n_gpus=2), tmp_path)
-    assert (tmp_path / "end-0").read_text().startswith("GptfitError: the loss of step 1 is nan")
+    assert (tmp_path / "end-0").read_text().startswith("GptfitError: step 1: the loss is nan")
     assert (tmp_path / "end-1").read_text() == "SystemExit: 2"
 
 

@@ -85,6 +85,7 @@ class RunConfig(ModelConfig):
     momentum: float = Field(0.9, ge=0, lt=1)
     grad_clip: float = Field(1.0, ge=0)
     ema_decay: float = Field(0.0, ge=0, lt=1)
+    on_nan: Literal["stop", "skip"] = "stop"
     decay_lr: bool = True
     warmup_iters: int = Field(2000, ge=0)
     max_iters: int = Field(600000, ge=1)
@@ -185,6 +186,8 @@ class RunConfig(ModelConfig):
         wrong = [f"{key}={value:g}" for key, value in needs.items() if getattr(self, key) != value]
         if self.dtype == "float16":
             wrong.append("dtype=bfloat16 or float32")
+        if self.on_nan == "skip":
+            wrong.append("on_nan=stop")
         if self.optimizer_in_backward and wrong:
             raise ValueError(f"optimizer_in_backward needs {', '.join(wrong)}".replace("compile=0", "compile=False"))
         return self

@@ -32,7 +32,7 @@ class Note:
 class Stepped:
     """One step, as metrics.jsonl holds it. `step` counts from 1; `loss` is the mean over the whole step;
     `tokens` are those trained on so far; `grad_norm` is taken before clipping. None: not known here.
-    `val_loss` is in nats a token, `val_bpb` the same in bits per byte of text."""
+    `val_loss` is in nats a token, `val_bpb` the same in bits per byte of text. `skipped`: the step was not applied."""
 
     step: int
     loss: float
@@ -45,6 +45,7 @@ class Stepped:
     peak_reserved_bytes: int | None
     val_loss: float | None = None
     val_bpb: float | None = None
+    skipped: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,8 +11,8 @@ from gptfit.replacing import not_written, replacing
 
 NAME = "metrics.jsonl"
 
-# Keys of the lines of steps that were evaluated.
-SOMETIMES = ("val_loss", "val_bpb")
+# Keys of the lines of steps that were evaluated, or left out.
+SOMETIMES = ("val_loss", "val_bpb", "skipped")
 
 
 def append(folder: Path, record: Stepped) -> None:

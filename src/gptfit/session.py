@@ -61,6 +61,9 @@ class Session:
     eval_batch: int = 0
     good: Good | None = None  # the last one, on a GPU
     held: HeldMemory | None = None  # after the last step, on a GPU
+    saved: Path | None = None  # the newest good checkpoint
+    skipped: int = 0
+    skipped_in_a_row: int = 0
 
     def started(self, out: Path) -> Started:
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else str(self.device)

@@ -55,6 +55,7 @@ def set_up(
     begin = None if found else lambda model: first_notes.extend(start_weights(model, run))
     session = _build(run, device, data, ranks, emit, found.checkpoint if found else None, begin)
     if found is not None:
+        session.saved = found.path
         first_notes += [*found.skipped, *_changes(found.checkpoint, run, data)]
     with ranks.together():
         if ranks.first:
@@ -78,7 +79,9 @@ def corrected(session: Session, correction: Correction, out: Path) -> Session:
         data, ranks, emit = session.data, session.ranks, session.emit
         del session.model, session.optimizer, session.strategy, session.ema
         gc.collect()  # compiled code and hooks refer to one another in cycles
+        saved, skipped = session.saved, session.skipped
         session = _build(run, device, data, ranks, emit, kept)
+        session.saved, session.skipped = saved, skipped
     session.run, session.micro_batch, session.eval_batch = run, correction.micro_batch, run.eval_batch_size
     release_cached(device)
     return session

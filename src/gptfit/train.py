@@ -23,8 +23,8 @@ from gptfit.config import RunConfig
 from gptfit.data import TRAIN, VAL, load_batch, sequence_starts
 from gptfit.device import held_memory, reset_peaks, set_expandable_segments
 from gptfit.distributed import Ranks, check_size, joined, launched
-from gptfit.errors import GptfitError
 from gptfit.events import Finished, Listener, Measured, Note, Saved, Stepped
+from gptfit.nonfinite import leave_out, stop, trouble
 from gptfit.optim import learning_rate_at, set_learning_rate
 from gptfit.pressure import Pressure, yield_memory
 from gptfit.session import Correction, Good, Refit, Session
@@ -128,6 +128,7 @@ def _save(session: Session, out: Path) -> Saved:
     with session.ranks.together():
         if session.ranks.first:
             save(out, checkpoint)
+    session.saved = path
     return Saved(session.step, path)
 
 
@@ -148,19 +149,23 @@ def _step(session: Session) -> Stepped:
     if run.grad_clip:
         scaler.unscale_(optimizer)  # pyright: ignore[reportArgumentType]
         norm = session.strategy.clip(run.grad_clip)
+    # The GPU is waited for once a step: before the optimizer where its step may have to be left out, else behind it.
+    mean = _mean(session, loss) if run.on_nan == "skip" else 0.0
+    wrong = trouble(mean, norm, scaler.is_enabled()) if run.on_nan == "skip" else ""
     with session.ranks.together():
-        step_surviving(session)
-    scaler.update()
-    if session.ema:
+        leave_out(session, wrong)
+    if not wrong or scaler.is_enabled():  # which sees by itself that there is nothing to apply
+        with session.ranks.together():
+            step_surviving(session)
+        scaler.update()
+    if session.ema and not wrong:
         session.ema.update(session.step)
     session.strategy.zero_grad(optimizer)
-    mean = session.ranks.total(float(loss) / session.ranks.size)[0]  # waits for the GPU
     session.step += 1
-    with session.ranks.together():
-        if not math.isfinite(mean):
-            raise GptfitError(
-                f"the loss of step {session.step} is {mean}", "lower learning_rate, or resume from the last checkpoint"
-            )
+    if run.on_nan == "stop":
+        mean = _mean(session, loss)
+        with session.ranks.together():
+            stop(session, trouble(mean, norm, scaler.is_enabled()))
     seconds = time.perf_counter() - began
     session.held = held = held_memory(session.device)
     session.good = Good(session.micro_batch, held.allocated_bytes) if held else None
@@ -174,7 +179,13 @@ def _step(session: Session) -> Stepped:
         grad_norm=None if norm is None else float(norm),
         peak_allocated_bytes=held.allocated_bytes if held else None,
         peak_reserved_bytes=held.reserved_bytes if held else None,
+        skipped=bool(wrong) or None,
     )
+
+
+def _mean(session: Session, loss: torch.Tensor) -> float:
+    """Over all ranks; waits for the GPU."""
+    return session.ranks.total(float(loss) / session.ranks.size)[0]
 
 
 def _accumulate(session: Session, starts: np.ndarray) -> torch.Tensor:

@@ -41,6 +41,9 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in DIR.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Train even if it is predicted not to fit.")] = False,
     log: Annotated[str, typer.Option(metavar="NAMES", help="Metrics also to: csv,tensorboard,wandb.")] = "",
+    on_nan: Annotated[
+        str, typer.Option("--on-nan", metavar="HOW", help="A loss that is no number: stop, or skip that step.")
+    ] = "",
     device: Device = "",
     printed: Annotated[
         str, typer.Option("--print", metavar="KIND", help="Print a torchrun line or slurm script; do not train.")
@@ -50,7 +53,7 @@ def train(
 
     On several GPUs: torchrun --standalone --nproc_per_node=2 -m gptfit train CONFIG n_gpus=2 strategy=ddp
     """
-    asked = asked_for(context, words)
+    asked = asked_for(context, [*(words or []), *([f"on_nan={on_nan}"] if on_nan else [])])
     if printed:
         from gptfit.cluster import start_script
         from gptfit.door import read_config
