@@ -20,7 +20,7 @@ SLURM = """\
 #SBATCH --time=24:00:00
 #SBATCH --signal=TERM@120
 #SBATCH --requeue
-
+{note}
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 resume=
 if ls {out}/checkpoint-*.pt > /dev/null 2>&1; then resume=--resume; fi
@@ -31,6 +31,13 @@ srun torchrun --nnodes={nodes} --nproc_per_node={per_node} \\
 """
 
 
+# Of fsdp over several nodes.
+NOTE = """\
+# strategy=fsdp sends parameters between nodes in every micro-batch. hsdp shards
+# within a node and sends gradients once a step: gptfit estimate says if it fits
+"""
+
+
 def start_script(kind: str, asked: Asked, run: RunConfig, out: str) -> str:
     """What starts `run` on its `n_gpus`, as a torchrun line (one machine) or a Slurm script.
 
@@ -38,7 +45,7 @@ def start_script(kind: str, asked: Asked, run: RunConfig, out: str) -> str:
     """
     if kind not in KINDS:
         raise GptfitError(f'cannot print "{kind[:60]}"{nearest(kind[:60], KINDS)}', "--print torchrun or --print slurm")
-    per_node = min(run.n_gpus, GPUS_PER_NODE)
+    per_node = run.shard_gpus if run.strategy == "hsdp" else min(run.n_gpus, GPUS_PER_NODE)
     nodes = run.n_gpus // per_node
     if run.n_gpus % per_node or (kind == "torchrun" and nodes > 1):
         raise GptfitError(
@@ -49,4 +56,5 @@ def start_script(kind: str, asked: Asked, run: RunConfig, out: str) -> str:
     command = asked.gptfit("train", {}, "--out", out)
     if kind == "torchrun":
         return f"torchrun --standalone --nproc_per_node={per_node} -m {command}\n"
-    return SLURM.format(nodes=nodes, per_node=per_node, out=shlex.quote(str(Path(out))), command=command)
+    note = NOTE if nodes > 1 and run.strategy == "fsdp" else ""
+    return SLURM.format(note=note, nodes=nodes, per_node=per_node, out=shlex.quote(str(Path(out))), command=command)

@@ -92,8 +92,14 @@ def launched() -> Ranks:
 
 
 def check_size(run: RunConfig, ranks: Ranks) -> None:
-    """Raises GptfitError unless there is a process for each GPU of `run`."""
+    """Raises GptfitError unless there is a process for each GPU of `run`, and each node has whole groups of shards."""
     if run.n_gpus == ranks.size:
+        here = os.environ.get("LOCAL_WORLD_SIZE", "")  # torchrun's
+        if run.strategy == "hsdp" and here.isdigit() and int(here) % run.shard_gpus:
+            raise GptfitError(
+                f"shard_gpus={run.shard_gpus}, but torchrun started {here} processes on this machine",
+                f"shard_gpus={here}, or --nproc_per_node={run.shard_gpus}",
+            )
         return
     if ranks.size == 1:
         raise GptfitError(

@@ -149,7 +149,7 @@ def _adamw(model: nn.Module, run: RunConfig) -> Stepper:
 def _sgd(model: nn.Module, run: RunConfig) -> Stepper:
     groups = decay_groups(model.named_parameters(), run.weight_decay)
     # torch has no fused form for sharded parameters.
-    impl = {"foreach": True} if run.strategy == "fsdp" and run.optimizer_impl == "fused" else _implementation(run)
+    impl = {"foreach": True} if run.shards > 1 and run.optimizer_impl == "fused" else _implementation(run)
     return torch.optim.SGD(groups, lr=run.learning_rate, momentum=run.momentum, **impl)
 
 

@@ -177,11 +177,16 @@ class Sharded(Alone):
 
     Parameters are gathered in their own dtype, as the model casts for itself what it computes with. Gradients are
     scattered after each micro-batch: whole ones would be as large as on one GPU.
+
+    With several `copies` (HSDP) the n are the GPUs of one node, and each node has all parts: what is gathered stays
+    within a node, and once a step the parts of the gradients are averaged over the nodes.
     """
 
-    def __init__(self, model: GPT, size: int) -> None:
+    def __init__(self, model: GPT, n: int, copies: int = 1) -> None:
         super().__init__(model)
-        self.mesh = init_device_mesh(model.lm_head.weight.device.type, (size,))
+        shape, names = ((n,), ("shard",)) if copies == 1 else ((copies, n), ("replicate", "shard"))
+        self.mesh = init_device_mesh(model.lm_head.weight.device.type, shape, mesh_dim_names=names)
+        self.across = self.mesh.get_group("replicate") if copies > 1 else None
         for block in cast(nn.ModuleList, model.transformer["h"]):
             fully_shard(block, mesh=self.mesh)
         self.root = fully_shard(model, mesh=self.mesh)
@@ -203,14 +208,18 @@ class Sharded(Alone):
     def micro_batch(self, left: int) -> Iterator[None]:
         self.done.clear()
         self.left = left
+        if self.across is not None:
+            self.root.set_requires_all_reduce(left == 0)
         yield
         if not torch.is_grad_enabled():
             self.root.reshard()  # FSDP leaves the embeddings whole for a backward that does not come
 
     def play_out(self) -> None:
         script = self.script if torch.is_grad_enabled() else self.evaluation
-        for collective in (*script[len(self.done) :], *script * self.left):
-            collective.play(self.mesh.get_group())
+        shards = self.mesh.get_group("shard")
+        for left in range(self.left, -1, -1):
+            for collective in script[len(self.done) :] if left == self.left else script:
+                collective.play(shards, self.across if left == 0 else None)
 
     def start_over(self) -> None:
         """Drops what a forward or a backward that was cut short left: whole parameters, gradients not yet scattered."""
@@ -268,13 +277,16 @@ class Collective:
     dtype: torch.dtype
     device: torch.device
 
-    def play(self, group: dist.ProcessGroup) -> None:
+    def play(self, group: dist.ProcessGroup, across: dist.ProcessGroup | None) -> None:
+        """In `group`; what is scattered is then averaged in `across`, too: FSDP allocates nothing between the two."""
         data = torch.zeros(self.n_in, dtype=self.dtype, device=self.device)
         out = torch.empty(self.n_out, dtype=self.dtype, device=self.device)
         if self.gathers:
             dist.all_gather_into_tensor(out, data, group)
         else:
             dist.reduce_scatter_tensor(out, data, group=group)
+            if across is not None:
+                dist.all_reduce(out, group=across)
 
 
 class CountedGather(DefaultAllGather):
@@ -323,9 +335,9 @@ def share_model(model: GPT, run: RunConfig, ranks: Ranks) -> Strategy:
     """
     if ranks.size == 1:
         return Alone(model)
-    if run.strategy == "fsdp" and run.optimizer in UNSHARDABLE:
+    if run.shards > 1 and run.optimizer in UNSHARDABLE:
         raise GptfitError(
-            f"optimizer={run.optimizer} with strategy=fsdp: it needs whole parameters, and fsdp shards them",
+            f"optimizer={run.optimizer} with strategy={run.strategy}: it needs whole parameters, and these are shards",
             "strategy=ddp, or another optimizer: adamw, lion, muon, sgd",
         )
-    return Sharded(model, ranks.size) if run.strategy == "fsdp" else Replicated(model, ranks.size)
+    return Sharded(model, run.shards, run.n_gpus // run.shards) if run.shards > 1 else Replicated(model, ranks.size)

@@ -45,9 +45,9 @@ class Watch:
         # No errors: an estimate or a measurement of the same run leaves evaluation out, or splits it otherwise.
         if run.patience and not run.eval_interval:
             emit(Note(f"patience={run.patience} has nothing to count: eval_interval is 0"))
-        if run.sample_interval and run.strategy == "fsdp":
-            emit(Note("no samples: with strategy=fsdp no GPU has the whole model"))
-        self.sample_interval = run.sample_interval if first and run.strategy != "fsdp" else 0
+        if run.sample_interval and run.shards > 1:
+            emit(Note(f"no samples: with strategy={run.strategy} no GPU has the whole model"))
+        self.sample_interval = run.sample_interval if first and run.shards == 1 else 0
         self.bytes_per_token = bytes_per_target(run, data) if run.eval_interval else None
         self.losses = [e["val_loss"] for e in metrics.read(out) if e.get("val_loss") is not None]
 

@@ -11,6 +11,9 @@ copied out into whole parameters, and the flat one kept until the next group's i
 stays whole until the end of backward; while a block computes its backward, the next one's flat buffer is gathered ahead
 (_backward_prefetch). After a block's backward its whole gradients are copied into a flat buffer, scattered into a
 flat part of 1/n, which the gradients are views of, and the flat one kept until the next block's (post_backward).
+
+hsdp: the same, with the n of one node. Parts are added up over the micro-batches of a step, and over the nodes in place
+(foreach_reduce).
 """
 
 import math
@@ -32,7 +35,7 @@ def strategy_of(run: RunConfig) -> str:
 
 def gradients_exist(run: RunConfig, program: str) -> tuple[bool, bool, bool]:
     """Whether .grad is there before the first micro-step of a run, the first of a step, and a later one."""
-    own = {"ddp": (True, True, True), "fsdp": (False, False, False)}
+    own = {"ddp": (True, True, True), "fsdp": (False, False, False), "hsdp": (False, False, False)}
     return own.get(strategy_of(run) if program == "gptfit" else "single", (False, False, True))
 
 
@@ -89,7 +92,7 @@ class Sharded:
     """Rewrites micro-steps and evaluations that were written for whole parameters."""
 
     def __init__(self, params: list[Parameter], run: RunConfig) -> None:
-        n = run.n_gpus
+        n = run.shards
         self.n_layer = run.n_layer
         self.root = Group("root", [p for p in params if "*" not in p.name], n)
         self.block = Group("block", [p for p in params if "*" in p.name], n)
@@ -185,8 +188,8 @@ def assumptions(run: RunConfig) -> tuple[str, ...]:
         f"these are figures of one of {run.n_gpus} GPUs, strategy {strategy}; NCCL's own buffers, "
         "outside the allocator, are not counted"
     ]
-    if strategy == "fsdp" and run.compile:
+    if run.shards > 1 and run.compile:
         lines.append("a compiled block is counted as an eager one, which keeps more")
-    if strategy == "fsdp" and run.optimizer == "muon":
+    if run.shards > 1 and run.optimizer == "muon":
         lines.append("muon gathers each matrix to orthogonalise it, which is not counted")
     return tuple(lines)

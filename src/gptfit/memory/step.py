@@ -78,7 +78,7 @@ def batch_buffers(run: RunConfig) -> tuple[Buffer, Buffer]:
 
 
 def twin_of(program: str, w: Writer, run: RunConfig) -> Program:
-    compiled = run.compile and sharding.strategy_of(run) != "fsdp"
+    compiled = run.compile and run.shards == 1
     return compiled_twin(program, w, run) if compiled else PROGRAMS[program](w, run)
 
 
@@ -139,8 +139,8 @@ def shared(run: RunConfig, program: str, parts: Pieces) -> Pieces:
     if strategy == "ddp":
         setup = [*parts.parameter_items, *sharding.bucket_items(params, n_layer)]
         return replace(parts, parameter_items=setup, zero_grad=[] if program == "gptfit" else parts.zero_grad)
-    if strategy == "fsdp":
-        own, rewritten = sharding.shards(params, run.n_gpus), sharding.Sharded(params, run)
+    if run.shards > 1:
+        own, rewritten = sharding.shards(params, run.shards), sharding.Sharded(params, run)
         tables = [
             item for item in parts.parameter_items if isinstance(item, Event) and item.buffer.category == "buffer"
         ]
