@@ -13,6 +13,7 @@ from gptfit.estimate import estimate
 from gptfit.gpus import load_gpu
 from gptfit.memory.plainpickle import load_plain
 from gptfit.memory.step import PROGRAMS
+from gptfit.plan import worth_trying
 
 CARDS = ("gtx1060-3gb", "rtx4070", "h100-sxm", "mi300x", None)
 CHOICES = {key: get_args(field.annotation) for key, field in RunConfig.model_fields.items()}
@@ -98,3 +99,13 @@ def test_a_recording_that_was_cut_off_is_said_to_be() -> None:
     for length in range(1, len(raw)):
         with pytest.raises(GptfitError, match=r"ends in the middle|is a damaged pickle"):
             load_plain(raw[:length], "cut.pickle")
+
+
+@pytest.mark.parametrize(("first", "last", "sequences"), [(1, 480, 480), (1, 5000, 100_000), (3, 1_000_000, 1_000_000)])
+def test_of_a_million_micro_batches_those_that_keep_the_tokens_are_tried(first: int, last: int, sequences: int) -> None:
+    tried = list(worth_trying(first, last, sequences))
+    assert tried == sorted(set(tried))
+    assert (tried[0], tried[-1]) == (first, last)
+    assert len(tried) < 2500
+    # A divisor is exact, and a loss to nobody: each that is in reach is there.
+    assert {m for m in range(first, last + 1) if sequences % m == 0} <= set(tried)

@@ -33,6 +33,7 @@ LAST_RESORT: dict[str, tuple[object, ...]] = {
     "param_dtype": ("bfloat16",),
 }
 FINALISTS = 4
+MANY = 1024
 TRITON_CAPABILITY = 7.0  # what torch.compile asks of a card (torch/_inductor/scheduler.py, GPUTooOldForTriton)
 INEXACT = 0.015  # the speed that the exact number of tokens a step is worth
 
@@ -301,7 +302,7 @@ class Search:
                 low, step = middle, step * 2
             else:
                 high, step = middle - 1, max(1, (middle - 1 - low) // 2)
-        for micro_batch in range(first, low + 1):
+        for micro_batch in worth_trying(first, low, largest):
             yield micro_batch, self.derived(combination, micro_batch), flops_per_token
 
     def derived(self, combination: dict[str, object], micro_batch: int) -> RunConfig:
@@ -339,6 +340,15 @@ class Search:
             per_sequence = max(1, full.saved_for_backward_bytes // run.batch_size)
             limits[kind] = run.batch_size - max(1, missing // per_sequence)
         return sure or unsure
+
+
+def worth_trying(first: int, last: int, sequences: int) -> Iterable[int]:
+    """Every micro-batch from `first` to `last`; of more than can be looked at (a small model on a large card), beyond
+    MANY the largest alone, and for each number of micro-batches the one that comes nearest to `sequences` of a step."""
+    if last - first < MANY:
+        return range(first, last + 1)
+    nearest_ones = {round(sequences / steps) for steps in range(1, sequences // (first + MANY) + 2)}
+    return (*range(first, first + MANY), *sorted(m for m in nearest_ones if first + MANY <= m < last), last)
 
 
 def split(run: RunConfig, micro_batch: int) -> dict[str, object]:
