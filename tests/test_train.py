@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 
-from gptfit import checkpoint, metrics
+from gptfit import checkpoint, data, metrics
 from gptfit import train as module
 from gptfit.config import RunConfig, make_run
 from gptfit.device import HeldMemory, adapt, set_expandable_segments
@@ -222,6 +222,27 @@ def test_out_of_memory_makes_micro_batches_smaller_and_the_step_the_same(dataset
         "out of memory; going on with micro-batches of 7, the same tokens a step "
         "(CUDA out of memory. Tried to allocate 2.00 GiB)"
     )
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_every_micro_batch_was_read_while_the_one_before_it_was_computed(dataset, tmp_path, monkeypatch, steps):
+    """But for the first; also over the bounds of steps, and behind an evaluation."""
+    happened: list[str] = []
+    real_read, real_forward = data.read_batch, GPT.forward
+
+    def read(*arguments: Any) -> Any:
+        happened.append("read")
+        return real_read(*arguments)
+
+    def forward(self: GPT, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        happened.append("compute" if torch.is_grad_enabled() else "evaluate")
+        return real_forward(self, x, y)
+
+    monkeypatch.setattr(data, "read_batch", read)
+    monkeypatch.setattr(GPT, "forward", forward)
+    train(tiny(dataset, max_iters=4, gradient_accumulation_steps=steps, eval_iters=1, eval_batch_size=3), tmp_path)
+    n = 4 * steps
+    assert happened == ["read", *["compute", "read"] * (n - 1), "compute", "read", "evaluate"]
 
 
 def test_where_no_sequence_fits_it_is_said_in_one_line(dataset, tmp_path, monkeypatch):

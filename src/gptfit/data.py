@@ -24,7 +24,7 @@ from gptfit.prepare import META, prepare
 from gptfit.shards import Shards, open_shards, shard_path, windows
 from gptfit.stdlib import default_folder
 
-__all__ = ["TRAIN", "VAL", "Dataset", "load_batch", "open_dataset", "prepare", "sequence_starts"]
+__all__ = ["TRAIN", "VAL", "Dataset", "Feed", "load_batch", "open_dataset", "prepare", "sequence_starts"]
 
 # Streams of the counter-based generator: the sequences of training steps, and those of evaluation.
 TRAIN = 0
@@ -94,7 +94,36 @@ def sequence_starts(n_tokens: int, block_size: int, n: int, seed: int, step: int
 
 
 def load_batch(tokens: Tokens, starts: np.ndarray, run: RunConfig, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Inputs and targets [B, T] int64 on `device`; the targets are the inputs one token on.
+    """Inputs and targets [B, T] int64 on `device`; the targets are the inputs one token on. Raises as read_batch."""
+    return to_device(read_batch(tokens, starts, run, device), device)
+
+
+class Feed:
+    """Micro-batches of training. The next one is read from the disk while the GPU still works on this one; it waits in
+    pinned memory, and not on the GPU, so that a step holds there what it always did."""
+
+    def __init__(self, tokens: Tokens, run: RunConfig, device: torch.device) -> None:
+        self.tokens, self.run, self.device = tokens, run, device
+        self.ready: tuple[bytes, tuple[Tensor, Tensor]] | None = None
+
+    def take(self, starts: np.ndarray) -> tuple[Tensor, Tensor]:
+        """The micro-batch at `starts`, as load_batch gives it: read ahead, or, where another was expected, now."""
+        ready, self.ready = self.ready, None
+        if ready is None or ready[0] != starts.tobytes():
+            return load_batch(self.tokens, starts, self.run, self.device)
+        return to_device(ready[1], self.device)
+
+    def read_ahead(self, starts: np.ndarray) -> None:
+        self.ready = starts.tobytes(), read_batch(self.tokens, starts, self.run, self.device)
+
+
+def to_device(pair: tuple[Tensor, Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
+    inputs, targets = (part.to(device, non_blocking=True) for part in pair)
+    return inputs, targets
+
+
+def read_batch(tokens: Tokens, starts: np.ndarray, run: RunConfig, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Inputs and targets on the CPU, in pinned memory if `device` is a GPU.
 
     Raises GptfitError for an id that the model has no row for: on a GPU that would end in an assert.
     """
@@ -105,10 +134,7 @@ def load_batch(tokens: Tokens, starts: np.ndarray, run: RunConfig, device: torch
             "set vocab_size above the largest id, or give the folder that belongs to this model",
         )
     pair = torch.from_numpy(ids[:, :-1].copy()), torch.from_numpy(ids[:, 1:].copy())
-    if device.type == "cuda":
-        pair = tuple(part.pin_memory() for part in pair)
-    inputs, targets = (part.to(device, non_blocking=True) for part in pair)
-    return inputs, targets
+    return (pair[0].pin_memory(), pair[1].pin_memory()) if device.type == "cuda" else pair
 
 
 def _find(dataset: str) -> Path:

@@ -9,7 +9,7 @@ import torch
 
 from gptfit.checkpoint import Checkpoint, rng_state
 from gptfit.config import RunConfig
-from gptfit.data import Dataset
+from gptfit.data import Dataset, Feed
 from gptfit.device import HeldMemory
 from gptfit.distributed import Ranks
 from gptfit.ema import Ema
@@ -55,6 +55,7 @@ class Session:
     emit: Callable[[Event], None]
     ranks: Ranks
     strategy: Strategy
+    feed: Feed
     ema: Ema | None = None
     step: int = 0
     micro_batch: int = 0

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map_only
 from gptfit import metrics
 from gptfit.checkpoint import Checkpoint, Found, latest_valid, restore_rng
 from gptfit.config import ModelConfig, RunConfig
-from gptfit.data import Dataset, open_dataset
+from gptfit.data import TRAIN, Dataset, Feed, open_dataset
 from gptfit.device import adapt, release_cached, start
 from gptfit.distributed import Ranks, own_device
 from gptfit.ema import Ema
@@ -111,7 +111,8 @@ def _build(
         strategy = share_model(model, run, ranks)
         optimizer = build_optimizer(model, run)
     scaler = torch.amp.GradScaler(device.type, enabled=run.dtype == "float16")
-    session = Session(run, device, data, model, optimizer, scaler, emit, ranks, strategy)
+    feed = Feed(data.tokens(TRAIN), run, device)
+    session = Session(run, device, data, model, optimizer, scaler, emit, ranks, strategy, feed)
     session.micro_batch, session.eval_batch = run.batch_size, run.eval_batch_size
     if checkpoint is not None:
         _restore(session, checkpoint)

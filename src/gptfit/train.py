@@ -139,9 +139,7 @@ def _step(session: Session) -> Stepped:
     began = time.perf_counter()
     rate = learning_rate_at(session.step, run)
     set_learning_rate(optimizer, rate)
-    n = run.batch_size * run.gradient_accumulation_steps
-    tokens = session.data.tokens(TRAIN)
-    starts = session.ranks.share(sequence_starts(len(tokens), run.block_size, n, run.seed, session.step))
+    starts = _starts(session, session.step)
     if session.ranks.size > 1:  # each rank draws (dropout) otherwise, and the same again after a resume
         torch.manual_seed(hash((run.seed, session.step, session.ranks.rank)))
     loss = fitting(session, lambda: _accumulate(session, starts))
@@ -192,14 +190,28 @@ def _accumulate(session: Session, starts: np.ndarray) -> torch.Tensor:
     """Gradients of the mean loss over the sequences at `starts`, added into .grad; the loss, not yet waited for."""
     total = torch.zeros((), device=session.device)
     parts = split(starts, session.micro_batch, len(starts))
+    expected = parts[1:]
+    if session.step + 1 < session.run.max_iters:
+        following = _starts(session, session.step + 1)
+        expected.append(split(following, session.micro_batch, len(following))[0])
     for i, part in enumerate(parts):
         share = len(part) / len(starts)
-        inputs_BT, targets_BT = load_batch(session.data.tokens(TRAIN), part, session.run, session.device)
+        inputs_BT, targets_BT = session.feed.take(part)
         with session.strategy.micro_batch(left=len(parts) - 1 - i):
             loss = session.strategy.loss(inputs_BT, targets_BT) * share
             session.scaler.scale(loss).backward()
         total += loss.detach()
+        if i < len(expected):  # a GPU has this forward and backward still before it
+            session.feed.read_ahead(expected[i])
     return total
+
+
+def _starts(session: Session, step: int) -> np.ndarray:
+    """Where this rank's sequences of step `step`, from 0, begin."""
+    run = session.run
+    n = run.batch_size * run.gradient_accumulation_steps
+    n_tokens = len(session.data.tokens(TRAIN))
+    return session.ranks.share(sequence_starts(n_tokens, run.block_size, n, run.seed, step))
 
 
 @torch.no_grad()
