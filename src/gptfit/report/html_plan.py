@@ -32,6 +32,8 @@ class Dot:
         words = [f"batch_size {config['batch_size']}", f"{config['loss']} loss"]
         words += ["compiled"] if config["compile"] else ["eager"]
         words += ["checkpointed"] if config["activation_checkpointing"] != "none" else []
+        budget = config["activation_memory_budget"]
+        words += [f"memory budget {budget}"] if budget != 1.0 else []
         return ", ".join([*words, f"{self.estimate.program}'s code"])
 
     @property

@@ -30,7 +30,11 @@ from gptfit.units import format_bytes, format_mib
 MAX_CANDIDATES = 3
 
 # Keys that are too long for a line of several.
-SHORT = {"gradient_accumulation_steps": "accumulation", "activation_checkpointing": "checkpointing"}
+SHORT = {
+    "gradient_accumulation_steps": "accumulation",
+    "activation_checkpointing": "checkpointing",
+    "activation_memory_budget": "memory budget",
+}
 
 # What nanoGPT's train.py takes on its command line, of what a lever changes.
 NANOGPT_KEYS = {"batch_size", "gradient_accumulation_steps", "compile", "dtype", "block_size"}

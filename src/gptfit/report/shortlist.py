@@ -24,6 +24,8 @@ WORDS = {
     ("loss", "chunked"): "chunked loss",
     ("activation_checkpointing", "block"): "checkpointed",
     ("activation_checkpointing", "none"): "no checkpoints",
+    ("activation_memory_budget", 0.9): "budget 0.9",
+    ("activation_memory_budget", 1.0): "budget 1",
     ("optimizer_impl", "fused"): "fused",
     ("param_dtype", "bfloat16"): "bf16 params",
 }

@@ -107,6 +107,8 @@ def run_text(estimate: Estimate) -> str:
     words.append(f"{config['loss']} loss")
     if config["activation_checkpointing"] != "none":
         words.append("checkpointed")
+    if config["activation_memory_budget"] != 1.0:
+        words.append(f"memory budget {config['activation_memory_budget']}")
     return (
         f"{estimate.n_params / 1e6:,.1f} M parameters; micro-batch {shape} = {estimate.tokens_per_step:,} a step; "
         f"{', '.join(words)}; {estimate.program}'s code"
