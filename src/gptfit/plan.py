@@ -35,7 +35,7 @@ LAST_RESORT: dict[str, tuple[object, ...]] = {
 FINALISTS = 4
 MANY = 1024
 TRITON_CAPABILITY = 7.0  # what torch.compile asks of a card (torch/_inductor/scheduler.py, GPUTooOldForTriton)
-INEXACT = 0.015  # the speed that the exact number of tokens a step is worth
+INEXACT = 0.015  # the speed that the exact number of tokens a step is worth; the nearest, by how far off it is
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,8 +276,9 @@ class Search:
             for micro_batch, run, flops_per_token in self.fitting(combination):
                 speed = predict(run, self.profile, flops_per_token, "gptfit")
                 choice = {**combination, **split(run, micro_batch)}
-                exact = 1.0 if run.tokens_per_step == self.tokens else 1.0 - INEXACT
-                ranked.append((-speed.tokens_per_second * exact, choice, run))
+                away = abs(run.tokens_per_step - self.tokens) / self.tokens
+                worth = 1.0 - INEXACT - away if away else 1.0
+                ranked.append((-speed.tokens_per_second * worth, choice, run))
         ranked.sort(key=lambda entry: entry[0])
         return self.replayed(ranked)
 
