@@ -75,7 +75,7 @@ def test_auto_fit_on_a_gpu_trains_the_plan(
     monkeypatch.setattr("gptfit.sample.sample", lambda *_, **__: "some text")
     result = gptfit("train", "gpt2", "batch_size=64", "--auto-fit", "--out", str(tmp_path))
     assert (result.code, result.out) == (0, "some text\n")
-    run, (_, _, predicted, _, _, refit) = trained[0]
+    run, (_, _, predicted, _, _, refit, _) = trained[0]
     assert run.batch_size * run.gradient_accumulation_steps * 1024 == pytest.approx(64 * 40 * 1024, rel=0.05)
     assert set(predicted) == {"allocated_bytes", "reserved_bytes", "process_bytes"}
     assert refit.run == run and refit.before.free_bytes == 10752 << 20

@@ -1,7 +1,5 @@
 """Whole runs on a CPU: resumed, interrupted, split otherwise, out of memory; and what they leave on disk."""
 
-import errno
-import io
 import json
 import math
 import os
@@ -9,7 +7,7 @@ import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +21,7 @@ from gptfit.device import HeldMemory, adapt, set_expandable_segments
 from gptfit.errors import GptfitError
 from gptfit.events import Event, Measured, Note, Saved, Started, Stepped
 from gptfit.model import GPT
-from gptfit.progress import Progress, clock, measured_lines
+from gptfit.progress import measured_lines
 from gptfit.sample import sample
 from gptfit.train import train
 
@@ -35,8 +33,11 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory) -> Path:
+    return words_in(tmp_path_factory.mktemp("words"))
+
+
+def words_in(folder: Path) -> Path:
     """Bytes with something to learn in them: words of a small alphabet."""
-    folder = tmp_path_factory.mktemp("words")
     rng = np.random.default_rng(0)
     words = [rng.integers(97, 123, rng.integers(2, 7)).astype(np.uint16) for _ in range(12)]
     text = np.concatenate([np.append(words[i], 32) for i in rng.integers(0, 12, 8000)]).astype(np.uint16)
@@ -252,133 +253,6 @@ def test_where_no_sequence_fits_it_is_said_in_one_line(dataset, tmp_path, monkey
     assert "\n" not in caught.value.message
 
 
-def test_a_loss_that_is_no_number_stops_the_run_before_it_is_saved(dataset, tmp_path, monkeypatch):
-    real = GPT.forward
-    calls = iter(range(99))
-    monkeypatch.setattr(GPT, "forward", lambda self, x, y: real(self, x, y) * (math.nan if next(calls) == 12 else 1))
-    with pytest.raises(GptfitError, match="step 7: the loss is nan; it is not saved") as caught:
-        train(tiny(dataset, eval_interval=0), tmp_path)
-    found = checkpoint.latest_valid(tmp_path)
-    assert found is not None and found.checkpoint.step == 5
-    assert str(found.path) in (caught.value.hint or "")
-
-
-def bad_at(monkeypatch: pytest.MonkeyPatch, where: str, micro_batches: set[int]) -> None:
-    """Makes the losses of those micro-batches, or their gradients alone, no numbers."""
-    real, calls = GPT.forward, iter(range(999))
-
-    class Poison(torch.autograd.Function):
-        @staticmethod
-        def forward(_context: Any, loss: torch.Tensor) -> torch.Tensor:
-            return loss.clone()
-
-        @staticmethod
-        def backward(_context: Any, *grads: torch.Tensor) -> torch.Tensor:
-            return grads[0] * math.inf
-
-    def forward(self: GPT, idx: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        loss = real(self, idx, targets)
-        if next(calls) not in micro_batches:
-            return loss
-        return loss * math.nan if where == "loss" else cast(torch.Tensor, Poison.apply(loss))
-
-    monkeypatch.setattr(GPT, "forward", forward)
-
-
-@pytest.mark.parametrize("where", ["loss", "gradients"])
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_a_bad_step_is_left_out_and_counted(dataset, tmp_path, monkeypatch, where, dtype):
-    """As if the optimizer had not been asked in that step; what follows sees its own data."""
-    run = tiny(dataset, eval_interval=0, on_nan="skip", dtype=dtype, dropout=0.0)
-    bad_at(monkeypatch, where, {4, 13})  # in steps 3 and 7
-    events: list[Event] = []
-    train(run, tmp_path, on_event=events.append)
-    notes = [event.text for event in events if isinstance(event, Note)]
-    entries = metrics.read(tmp_path)
-    if dtype == "float16" and where == "gradients":  # its scaler leaves such steps out at any time
-        assert notes == [] and not any("skipped" in entry for entry in entries)
-    else:
-        assert [note.split(":")[0] for note in notes] == [
-            "step 3 is left out, 1 so far", "step 7 is left out, 2 so far",
-        ]  # fmt: skip
-        assert [entry["step"] for entry in entries if entry.get("skipped")] == [3, 7]
-    assert [entry["step"] for entry in entries] == list(range(1, 11))
-    after = weights(tmp_path)
-    assert all(bool(torch.isfinite(tensor).all()) for tensor in after.values())
-    found = checkpoint.latest_valid(tmp_path)
-    assert found is not None
-    assert {float(state["step"]) for state in found.checkpoint.optimizer["state"].values()} == {8.0}
-
-
-def test_gradients_that_are_no_numbers_stop_the_run_before_they_are_saved(dataset, tmp_path, monkeypatch):
-    bad_at(monkeypatch, "gradients", {9})
-    with pytest.raises(GptfitError, match=r"step 5: the norm of the gradients is (nan|inf); it is not saved") as caught:
-        train(tiny(dataset, eval_interval=0), tmp_path)
-    assert "there is no checkpoint yet" in (caught.value.hint or "")
-    assert checkpoint.latest_valid(tmp_path) is None
-
-
-def test_steps_that_are_all_bad_end_the_run(dataset, tmp_path, monkeypatch):
-    bad_at(monkeypatch, "loss", set(range(4, 99)))
-    with pytest.raises(GptfitError, match="10 steps in a row were left out, the last one step 12"):
-        train(tiny(dataset, eval_interval=0, max_iters=20, on_nan="skip"), tmp_path)
-
-
-def full_disk(*_: object) -> None:
-    raise OSError(errno.ENOSPC, "No space left on device")
-
-
-@pytest.mark.parametrize("what", ["checkpoint", "metrics"])
-def test_a_full_disk_is_one_line_and_the_run_goes_on_from_the_previous_checkpoint(dataset, tmp_path, monkeypatch, what):
-    run = tiny(dataset)
-    train(run, tmp_path / "whole")
-
-    def fill() -> None:
-        monkeypatch.setattr(*((os, "fsync", full_disk) if what == "checkpoint" else (metrics.json, "dumps", full_disk)))
-
-    with pytest.raises(GptfitError, match="no space left to write") as caught:
-        train(run, tmp_path / "parts", on_event=stop_at(7, fill))
-    monkeypatch.undo()
-    assert "\n" not in caught.value.message
-    found = checkpoint.latest_valid(tmp_path / "parts")
-    assert found is not None and (found.checkpoint.step, found.skipped) == (5, ())
-    train(run, tmp_path / "parts", resume=True)
-    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
-
-
-def test_a_folder_that_cannot_be_written_is_one_line(dataset, tmp_path, monkeypatch):
-    def read_only(*_: object, **__: object) -> None:
-        raise OSError(errno.EROFS, "Read-only file system")
-
-    real = Path.open
-
-    def opened(path: Path, mode: str = "r", *rest: Any, **options: Any) -> Any:
-        return read_only() if "w" in mode or "a" in mode else real(path, mode, *rest, **options)
-
-    monkeypatch.setattr(Path, "open", opened)
-    with pytest.raises(GptfitError, match=r'cannot write ".*run.yaml": read-only file system'):
-        train(tiny(dataset), tmp_path)
-    monkeypatch.setattr(Path, "mkdir", read_only)
-    with pytest.raises(GptfitError, match=r'cannot make the folder ".*new": read-only file system'):
-        train(tiny(dataset), tmp_path / "new")
-
-
-def test_a_damaged_newest_checkpoint_is_said_and_the_one_before_it_goes_on(dataset, tmp_path):
-    run = tiny(dataset)
-    train(run, tmp_path / "whole")
-    train(run, tmp_path / "parts")
-    newest = checkpoint.checkpoint_paths(tmp_path / "parts")[0]
-    content = bytearray(newest.read_bytes())
-    content[len(content) // 2] ^= 1
-    newest.write_bytes(content)
-    events: list[Event] = []
-    train(run, tmp_path / "parts", resume=True, on_event=events.append)
-    notes = [event.text for event in events if isinstance(event, Note)]
-    assert len(notes) == 1 and newest.name in notes[0] and notes[0].endswith("passed over")
-    assert [event.step for event in events if isinstance(event, Started)] == [5]
-    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
-
-
 def test_folders_are_not_mixed_up(dataset, tmp_path):
     run = tiny(dataset, max_iters=2)
     with pytest.raises(GptfitError, match="no checkpoint in"):
@@ -459,21 +333,6 @@ def test_measured_stands_beside_predicted_at_the_second_step(dataset, tmp_path, 
     shown = "\n".join(measured_lines(events[at[0]]))
     assert "allocated 2.00 GiB, predicted 2.00 GiB (+0.00 %)" in shown and "predicted 3.03 GiB (+1.00 %)" in shown
     assert metrics.read(tmp_path)[0]["peak_reserved_bytes"] == 3 << 30
-
-
-def test_plain_progress_is_one_line_a_logged_step(dataset, tmp_path):
-    stream = io.StringIO()
-    with Progress(stream) as progress:
-        train(tiny(dataset, log_interval=5, eval_interval=0), tmp_path, on_event=progress)
-    lines = stream.getvalue().splitlines()
-    assert [line.split()[1] for line in lines if line.startswith("step")] == ["5/10", "10/10"]
-    assert "loss" in lines[2] and "tokens/s" in lines[2] and "eta" in lines[2]
-    assert lines[-1].startswith("done at step 10")
-
-
-@pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (3599, "59:59"), (3661, "1:01:01")])
-def test_clock(seconds, text):
-    assert clock(seconds) == text
 
 
 def test_metrics_write_no_nan(tmp_path):

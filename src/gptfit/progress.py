@@ -1,6 +1,7 @@
 """What a run shows while it goes: one live line on a terminal, plain lines elsewhere. All of it to stderr."""
 
 import math
+import shlex
 import sys
 import time
 from typing import TextIO
@@ -11,6 +12,9 @@ from rich.text import Text
 
 from gptfit.events import Event, Finished, Measured, Note, Sampled, Saved, Started, Stepped
 from gptfit.units import format_bytes
+
+# Columns of the narrowest terminal that is usual.
+WIDTH = 80
 
 # Weight of the newest step in the average that the remaining time is reckoned with.
 SMOOTHING = 0.1
@@ -87,15 +91,22 @@ class Counter:
 
 
 def step_line(record: Stepped, max_iters: int, remaining_seconds: float) -> str:
-    parts = [f"step {record.step}/{max_iters}", f"loss {record.loss:.4f}"]
+    """What a terminal has room for: the learning rate, the peak and the speed give way to the rest, in this order."""
+    parts = {"step": f"step {record.step}/{max_iters}", "loss": f"loss {record.loss:.4f}"}
     if record.val_loss is not None:
-        parts.append(f"val loss {record.val_loss:.4f}")
+        parts["val"] = f"val loss {record.val_loss:.4f}"
     if record.val_bpb is not None:
-        parts.append(f"{record.val_bpb:.3f} bits per byte")
-    parts += [f"lr {record.lr:.2e}", f"{record.tokens_per_second:,.0f} tokens/s", f"eta {clock(remaining_seconds)}"]
+        parts["bpb"] = f"{record.val_bpb:.3f} bits per byte"
+    parts["lr"] = f"lr {record.lr:.2e}"
+    parts["speed"] = f"{record.tokens_per_second:,.0f} tokens/s"
+    parts["eta"] = f"eta {clock(remaining_seconds)}"
     if record.peak_allocated_bytes is not None:
-        parts.append(f"peak {format_bytes(record.peak_allocated_bytes)}")
-    return "  ".join(parts)
+        parts["peak"] = f"peak {format_bytes(record.peak_allocated_bytes)}"
+    for name in ("lr", "peak", "speed", "eta"):
+        if len("  ".join(parts.values())) <= WIDTH:
+            break
+        parts.pop(name, None)
+    return "  ".join(parts.values())
 
 
 def lines(event: Event) -> list[str]:
@@ -118,8 +129,21 @@ def lines(event: Event) -> list[str]:
     if isinstance(event, Finished):
         how = f"stopped by {event.stopped_by}" if event.stopped_by else "done"
         loss = f", loss {event.loss:.4f}" if math.isfinite(event.loss) else ""
-        return [f"{how} at step {event.step} after {clock(event.seconds)}{loss}"]
+        return [f"{how} at step {event.step} after {clock(event.seconds)}{loss}", *next_lines(event)]
     return []
+
+
+def next_lines(event: Finished) -> list[str]:
+    """What to type next: to go on where a signal ended the run, else to use what it learned."""
+    if event.checkpoint is None:
+        return []
+    out = shlex.quote(str(event.checkpoint.parent))
+    if event.stopped_by.startswith("SIG"):
+        return [f"go on with it: gptfit train --resume --out {out}"]
+    return [
+        f"text from it: gptfit sample --out {out}",
+        f"for transformers, or nanoGPT with --format nanogpt: gptfit export --out {out}",
+    ]
 
 
 def measured_lines(event: Measured) -> list[str]:

@@ -27,6 +27,7 @@ from gptfit.events import Finished, Listener, Measured, Note, Saved, Stepped
 from gptfit.nonfinite import leave_out, stop, trouble
 from gptfit.optim import learning_rate_at, set_learning_rate
 from gptfit.pressure import Pressure, yield_memory
+from gptfit.profiling import Profile
 from gptfit.session import Correction, Good, Refit, Session
 from gptfit.setup import corrected, set_up
 from gptfit.signals import Asked, stop_on_signal
@@ -42,15 +43,18 @@ def train(
     on_event: Listener | None = None,
     device_name: str = "",
     refit: Refit | None = None,
+    profile: bool = False,
 ) -> Finished:
     """Trains `run` to its end, or until SIGINT or SIGTERM; SIGUSR1 saves a checkpoint and goes on. Leaves run.yaml,
     metrics.jsonl and checkpoints in `out_dir`.
 
     `predicted` are an estimate's figures in bytes (allocated_bytes, reserved_bytes, process_bytes), reported
     beside what the second step measured on a GPU; `refit` is asked then whether another run, of the same numbers of
-    training, suits what was measured. Raises GptfitError for a folder that already holds a run
-    (unless `resume`), for one without a checkpoint (if `resume`), for data that do not suit the run, for a
-    loss that is no number, for a full disk, and where not even one sequence fits in memory.
+    training, suits what was measured; `profile` traces the third to the fifth step into the folder.
+
+    Raises GptfitError for a folder that already holds a run (unless `resume`), for one without a checkpoint (if
+    `resume`), for data that do not suit the run, for a loss that is no number, for a full disk, and where not even
+    one sequence fits in memory.
     """
     ranks, out, began = launched(), Path(out_dir), time.perf_counter()
     set_expandable_segments(run.expandable_segments)
@@ -62,17 +66,18 @@ def train(
         for note in notes:
             session.emit(Note(note))
         session.emit(session.started(out))
-        done = _run(session, out, predicted or {}, refit if ranks.size == 1 else None, began)
+        profile = profile and ranks.first
+        done = _run(session, out, predicted or {}, refit if ranks.size == 1 else None, began, profile)
         if isinstance(done, Correction):
             session.emit(Note(done.note))
             session = corrected(session, done, out)
-            done = _run(session, out, done.predicted, None, began)
+            done = _run(session, out, done.predicted, None, began, profile)
     assert isinstance(done, Finished)
     return done
 
 
 def _run(
-    session: Session, out: Path, predicted: Mapping[str, int], refit: Refit | None, began: float
+    session: Session, out: Path, predicted: Mapping[str, int], refit: Refit | None, began: float, profile: bool
 ) -> Finished | Correction:
     """Steps until the run's last, or a signal, with what is due after each of them; or until `refit` corrects it."""
     run, emit, ranks = session.run, session.emit, session.ranks
@@ -80,11 +85,13 @@ def _run(
     record: Stepped | None = None
     saved: Saved | None = None
     watch = Watch(run, session.data, session.model, out, emit, ranks.first, session.averaged)
-    pressure = Pressure()
+    pressure, profiler = Pressure(), Profile(profile, out, session.device, emit)
     with stop_on_signal() as asked:
         stopped, _ = _agreed(ranks, asked)
         while session.step < run.max_iters and not stopped:
+            profiler.before_step()
             record = _step(session)
+            profiler.after_step()
             correction = None
             if session.step == first + 2 and (held := session.held) is not None:
                 emit(Measured(held.allocated_bytes, held.reserved_bytes, held.card_used_bytes, predicted))
@@ -107,6 +114,7 @@ def _run(
             if correction and not (last or stopped):
                 return correction
         stopped_by = stopped if session.step < run.max_iters else ""
+    profiler.close()
     loss, val_loss = (record.loss, record.val_loss) if record else (math.nan, None)
     path = saved.path if saved else None
     finished = Finished(session.step, loss, val_loss, time.perf_counter() - began, stopped_by, path)

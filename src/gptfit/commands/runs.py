@@ -44,12 +44,18 @@ def train(
     on_nan: Annotated[
         str, typer.Option("--on-nan", metavar="HOW", help="A loss that is no number: stop, or skip that step.")
     ] = "",
+    profile: Annotated[
+        bool, typer.Option("--profile", help="A trace of steps 3 to 5, on a GPU their memory too, into DIR.")
+    ] = False,
     device: Device = "",
     printed: Annotated[
         str, typer.Option("--print", metavar="KIND", help="Print a torchrun line or slurm script; do not train.")
     ] = "",
 ) -> int:
     """Trains a run: estimated first, measured beside predicted, resumable.
+
+    Ctrl-C and SIGTERM end the step and save, SIGUSR1 saves and goes on; any KEY=VALUE may be changed with --resume,
+    but those that shape the weights.
 
     On several GPUs: torchrun --standalone --nproc_per_node=2 -m gptfit train CONFIG n_gpus=2 strategy=ddp
     """
@@ -85,7 +91,7 @@ def train(
             if progress is not None:
                 launch.tell(progress)
             finished = run_training(
-                launch.run, out, resume, launch.predicted, Logs(log, progress), device, launch.refit
+                launch.run, out, resume, launch.predicted, Logs(log, progress), device, launch.refit, profile
             )
         if auto_fit and ranks.first and not finished.stopped_by:
             from gptfit.sample import sample as draw

@@ -1,0 +1,76 @@
+"""What a run shows: its lines on a terminal, and its profile."""
+
+import gzip
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from gptfit.events import Event, Finished, Note, Stepped
+from gptfit.progress import Progress, clock, step_line
+from gptfit.progress import lines as told
+from gptfit.train import train
+from test_train import losses, tiny, words_in
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return words_in(tmp_path_factory.mktemp("words"))
+
+
+def test_plain_progress_is_one_line_a_logged_step(dataset, tmp_path):
+    stream = io.StringIO()
+    with Progress(stream) as progress:
+        train(tiny(dataset, log_interval=5, eval_interval=0), tmp_path, on_event=progress)
+    lines = stream.getvalue().splitlines()
+    assert [line.split()[1] for line in lines if line.startswith("step")] == ["5/10", "10/10"]
+    assert "loss" in lines[2] and "tokens/s" in lines[2] and "eta" in lines[2]
+    assert lines[-3].startswith("done at step 10")
+    assert lines[-2:] == [
+        f"text from it: gptfit sample --out {tmp_path}",
+        f"for transformers, or nanoGPT with --format nanogpt: gptfit export --out {tmp_path}",
+    ]
+
+
+@pytest.mark.parametrize("evaluated", [{}, {"val_loss": 10.8249}, {"val_loss": 10.8249, "val_bpb": 3.456}])
+@pytest.mark.parametrize("peak", [None, 141 << 30])
+@pytest.mark.parametrize(("tokens_per_second", "seconds"), [(512.0, 30.0), (1_234_567.0, 999_999.0)])
+def test_a_step_is_a_line_of_a_terminal(evaluated, peak, tokens_per_second, seconds):
+    record = Stepped(600_000, 10.8249, 6e-4, 10, 0.5, tokens_per_second, 1.0, peak, peak, **evaluated)
+    line = step_line(record, 600_000, seconds)
+    assert len(line) <= 80
+    assert line.startswith("step 600000/600000  loss 10.8249")
+    for key, word in (("val_loss", "val loss 10.8249"), ("val_bpb", "3.456 bits per byte")):
+        assert (word in line) == (key in evaluated)
+    short = step_line(replace(record, step=5, loss=2.5), 50, 30.0)
+    if not evaluated and tokens_per_second < 1000:
+        assert "lr 6.00e-04" in short and "eta 0:30" in short and ("peak 141.00 GiB" in short) == (peak is not None)
+
+
+def test_a_stopped_run_says_how_to_go_on(tmp_path):
+    stopped = Finished(7, 2.0, None, 3.0, "SIGTERM", tmp_path / "a b" / "checkpoint-00000007.pt")
+    assert told(stopped)[1:] == [f"go on with it: gptfit train --resume --out '{tmp_path}/a b'"]
+    assert told(replace(stopped, checkpoint=None))[1:] == []
+
+
+def test_a_profile_is_a_trace_of_three_steps(dataset, tmp_path):
+    events: list[Event] = []
+    run = tiny(dataset, eval_interval=0)
+    train(run, tmp_path / "with", on_event=events.append, profile=True)
+    train(run, tmp_path / "without")
+    assert losses(tmp_path / "with") == losses(tmp_path / "without")
+    assert [e.text for e in events if isinstance(e, Note)] == [
+        f"profile of steps 3 to 5: {tmp_path}/with/profile-trace.json.gz"
+    ]
+    trace = json.loads(gzip.decompress((tmp_path / "with" / "profile-trace.json.gz").read_bytes()))
+    names = [event.get("name", "") for event in trace["traceEvents"]]
+    assert sum(name.startswith("Optimizer.step") for name in names) == 3
+    train(tiny(dataset, max_iters=2), tmp_path / "short", on_event=events.append, profile=True)
+    assert [e.text for e in events if isinstance(e, Note)][-1].startswith("no profile: it begins at the third step")
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (3599, "59:59"), (3661, "1:01:01")])
+def test_clock(seconds, text):
+    assert clock(seconds) == text
