@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from gptfit.config import RunConfig, derive, make_run
 from gptfit.errors import GptfitError
+from gptfit.memory.compiled import assumptions
 from gptfit.memory.step import first_steps, pieces, steady_step
 from gptfit.memory.tape import Tape
 from gptfit.trace import trace_program
@@ -83,6 +84,185 @@ ROWS: list[tuple[str, tuple[int, ...], dict[str, object], int, int]] = [
         10593174528,
     ),
     ("gptfit", (11, 8, 512, 50304, 512, 4), {"norm": "rmsnorm"}, 410127872, 1743041536),
+    # Drawn at random, after the twin was written.
+    (
+        "gptfit",
+        (7, 8, 1024, 50304, 1024, 24),
+        {
+            "norm": "layernorm",
+            "mlp": "swiglu",
+            "position": "learned",
+            "tie_embeddings": True,
+            "loss": "full",
+            "bias": True,
+        },
+        6916414976,
+        11973578752,
+    ),
+    (
+        "gptfit",
+        (4, 6, 768, 256, 2048, 4),
+        {
+            "norm": "layernorm",
+            "mlp": "swiglu",
+            "position": "learned",
+            "tie_embeddings": True,
+            "loss": "full",
+            "bias": False,
+            "n_kv_head": 3,
+        },
+        603197952,
+        1274610176,
+    ),
+    (
+        "gptfit",
+        (15, 20, 640, 8192, 512, 2),
+        {
+            "norm": "layernorm",
+            "mlp": "swiglu",
+            "position": "rope",
+            "tie_embeddings": True,
+            "loss": "full",
+            "bias": True,
+        },
+        451149312,
+        1791591936,
+    ),
+    (
+        "gptfit",
+        (13, 8, 512, 256, 256, 4),
+        {
+            "norm": "rmsnorm",
+            "mlp": "gelu",
+            "position": "learned",
+            "tie_embeddings": False,
+            "loss": "full",
+            "bias": False,
+        },
+        221545984,
+        906268672,
+    ),
+    (
+        "gptfit",
+        (15, 4, 256, 8192, 1024, 24),
+        {
+            "norm": "rmsnorm",
+            "mlp": "gelu",
+            "position": "rope",
+            "tie_embeddings": False,
+            "loss": "chunked",
+            "bias": True,
+        },
+        2343616000,
+        2876887552,
+    ),
+    (
+        "gptfit",
+        (15, 6, 768, 32000, 256, 24),
+        {
+            "norm": "layernorm",
+            "mlp": "swiglu",
+            "position": "rope",
+            "tie_embeddings": False,
+            "loss": "chunked",
+            "bias": False,
+            "n_kv_head": 3,
+        },
+        2000109056,
+        4599558656,
+    ),
+    (
+        "gptfit",
+        (12, 4, 256, 256, 2048, 1),
+        {
+            "norm": "layernorm",
+            "mlp": "swiglu",
+            "position": "rope",
+            "tie_embeddings": True,
+            "loss": "chunked",
+            "bias": False,
+        },
+        200831488,
+        386619392,
+    ),
+    (
+        "gptfit",
+        (5, 16, 1024, 50304, 1024, 4),
+        {
+            "norm": "layernorm",
+            "mlp": "gelu",
+            "position": "learned",
+            "tie_embeddings": False,
+            "loss": "chunked",
+            "bias": True,
+        },
+        778147328,
+        3871661056,
+    ),
+    (
+        "gptfit",
+        (9, 12, 1536, 8192, 1024, 24),
+        {"norm": "rmsnorm", "mlp": "swiglu", "position": "rope", "tie_embeddings": True, "loss": "full", "bias": True},
+        10160809472,
+        15608448000,
+    ),
+    (
+        "gptfit",
+        (10, 16, 512, 32000, 512, 16),
+        {
+            "norm": "rmsnorm",
+            "mlp": "gelu",
+            "position": "learned",
+            "tie_embeddings": False,
+            "loss": "chunked",
+            "bias": True,
+            "n_kv_head": 8,
+        },
+        909289984,
+        2138025472,
+    ),
+    (
+        "gptfit",
+        (6, 10, 320, 256, 512, 8),
+        {
+            "norm": "rmsnorm",
+            "mlp": "swiglu",
+            "position": "rope",
+            "tie_embeddings": False,
+            "loss": "chunked",
+            "bias": False,
+        },
+        252598784,
+        432550912,
+    ),
+    (
+        "gptfit",
+        (12, 20, 1280, 32000, 512, 16),
+        {
+            "norm": "rmsnorm",
+            "mlp": "swiglu",
+            "position": "learned",
+            "tie_embeddings": True,
+            "loss": "chunked",
+            "bias": False,
+        },
+        3642274304,
+        8645063168,
+    ),
+    (
+        "gptfit",
+        (15, 20, 640, 32000, 1024, 16),
+        {
+            "norm": "layernorm",
+            "mlp": "swiglu",
+            "position": "rope",
+            "tie_embeddings": False,
+            "loss": "chunked",
+            "bias": False,
+        },
+        4599135744,
+        6914963968,
+    ),
 ]
 
 
@@ -150,6 +330,13 @@ def alive_after(tape: Tape) -> Counter[str]:
     for sign, _, buffer in tape.expand():
         alive[buffer.name] += sign
     return alive
+
+
+def test_assumptions_say_where_it_is_approximate() -> None:
+    exact = run_of((12, 12, 768, 50304, 1024, 8))
+    assert len(assumptions(exact, "gptfit")) == 1
+    for changes in ({"n_layer": 2}, {"attention": "math"}, {"block_size": 64}):
+        assert "approximate" in assumptions(derive(exact, **changes), "gptfit")[-1]
 
 
 @st.composite

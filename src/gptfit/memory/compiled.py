@@ -135,7 +135,8 @@ def assumptions(run: RunConfig, program: str) -> list[str]:
         )
     if run.vocab_size % 8 and run.dtype != "float32":
         lines.append(f"padding of matmuls to even shapes is left out: vocab_size {run.vocab_size} is no multiple of 8")
-    if run.activation_memory_budget < 1 and (run.n_layer < 4 or run.attention == "math"):
+    few_tokens = run.batch_size * run.block_size <= run.n_embd  # whose weight gradients come late
+    if run.activation_memory_budget < 1 and (run.n_layer < 4 or few_tokens or run.attention == "math"):
         lines.append("what backward makes again under activation_memory_budget is approximate here: up to a twentieth")
     if run.activation_checkpointing == "block":
         if run.attention == "math":
