@@ -32,6 +32,8 @@ MOST_CONTEXT = 2
 LEAST_SHARE = 0.9
 # What the weights and states in memory are made for.
 KEPT = ("optimizer", "param_dtype", "dtype")
+# What a changed micro-batch changes with it.
+FOLLOWING = ("gradient_accumulation_steps", "eval_batch_size")
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,9 +97,7 @@ class AutoFit:
 
     def _changes(self, best: RunConfig) -> str:
         before, after = self.run.model_dump(), best.model_dump()
-        told = [
-            key for key in ("batch_size", "loss", "compile", "activation_checkpointing") if before[key] != after[key]
-        ]
+        told = [key for key in after if key not in FOLLOWING and before[key] != after[key]]
         return ", ".join(f"{key}={after[key]} (was {before[key]})" for key in told) or "nothing better was found"
 
 
