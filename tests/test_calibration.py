@@ -280,7 +280,7 @@ def test_rebuilding_imports_nothing_heavy(folder: Path, rows: Path) -> None:
 
 def test_an_empty_file_is_an_error(tmp_path: Path, gptfit: Any) -> None:
     (tmp_path / "rows.jsonl").write_text("\n")
-    assert "holds no rows" in gptfit("measure", "--from", str(tmp_path / "rows.jsonl")).err
+    assert "there is no measurement in" in gptfit("measure", "--from", str(tmp_path / "rows.jsonl")).err
 
 
 def test_without_a_gpu_it_is_one_line(folder: Path, gptfit: Any) -> None:

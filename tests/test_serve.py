@@ -166,10 +166,10 @@ def test_what_is_no_http(server: Server) -> None:
 
 
 def test_a_question_that_takes_too_long_is_ended(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Server, "deadline", 1.0)
+    monkeypatch.setattr(Server, "deadline", 0.02)  # less than a process takes to start
     started = time.monotonic()
-    status, page = post(server, "/fit", what="plan", gpu="h200", preset="gpt2", keys="n_layer=1000000")
-    assert status == 503 and "No answer within 1 seconds" in page
+    status, page = post(server, "/fit", what="plan", gpu="h200", preset="gpt2")
+    assert status == 503 and "No answer within" in page
     assert time.monotonic() - started < 8
 
 
