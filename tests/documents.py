@@ -72,6 +72,8 @@ def captured(folder: Path, width: int = 80) -> Iterator[io.StringIO]:
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(shown), contextlib.redirect_stderr(shown):
         patch.setenv("COLUMNS", str(width))
         patch.setenv("GPTFIT_PROFILES", os.devnull)
+        for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "WORLD_SIZE", "RANK"):  # a trainer sets these
+            patch.delenv(name, raising=False)
         patch.setattr("gptfit.driver.detect", list)
         patch.setattr(sys, "displayhook", lambda value: print(repr(value)) if value is not None else None)
         patch.chdir(folder)
