@@ -15,7 +15,7 @@ from gptfit.memory.overhead import CUBLAS_HANDLES, UNKNOWN_CARD_CONTEXT_BYTES, c
 from gptfit.memory.reserve import Reserved, replay_run
 from gptfit.memory.step import PROGRAMS, Pieces, pieces, steady_step
 from gptfit.memory.tape import Tape
-from gptfit.memory.whole_run import run_phases
+from gptfit.memory.whole_run import evaluation_bytes, run_phases
 from gptfit.speed import Speed, predict
 from gptfit.units import format_bytes
 
@@ -235,7 +235,7 @@ def estimate(
         tensors=rows,
         saved_for_backward_bytes=parts.saved_bytes,
         phases=tuple((name, n_bytes) for name, n_bytes in steady.phases().items() if name != "setup"),
-        eval_allocated_bytes=evaluation_bytes(run, parts) + CUBLAS_HANDLES * workspace_bytes,
+        eval_allocated_bytes=evaluation_bytes(parts) + CUBLAS_HANDLES * workspace_bytes,
         run_phases=run_phases(run, program, parts),
         speed=predict(run, profile, parts.flops_per_token, program) if profile else None,
         assumptions=(
@@ -287,11 +287,6 @@ def live_rows(steady: Tape, allocated_bytes: int, live_bytes: int, workspace_byt
     if slack > 0:
         rows.append(TensorRow("kernel scratch and slack of large blocks", "slack", (slack,), "uint8", 1, slack))
     return tuple(sorted(rows, key=lambda row: -row.n_bytes))
-
-
-def evaluation_bytes(run: RunConfig, parts: Pieces) -> int:
-    """Peak of an evaluation between two steps: parameters, optimizer state and the batch are alive."""
-    return Tape([*parts.parameter_items, *parts.states, *parts.batch, *parts.kept, *parts.evaluation]).peak().live_bytes
 
 
 NANOGPT_ONLY: dict[str, object] = {

@@ -14,9 +14,9 @@ from gptfit.checkpoint import restore_rng, rng_state
 from gptfit.config import RunConfig, derive
 from gptfit.device import release_cached, room_bytes
 from gptfit.errors import GptfitError
-from gptfit.estimate import evaluation_bytes
 from gptfit.events import Note
 from gptfit.memory.step import pieces, steady_peak
+from gptfit.memory.whole_run import evaluation_bytes
 from gptfit.oom.diagnose import explain_text
 from gptfit.session import Session
 
@@ -107,7 +107,7 @@ def peak_bytes(run: RunConfig, micro_batch: int, evaluating: bool) -> int:
     """The estimate's live bytes at the worst instant of a steady step, or of an evaluation."""
     if evaluating:
         own = derive(run, eval_batch_size=micro_batch)
-        return evaluation_bytes(own, pieces(own, "gptfit"))
+        return evaluation_bytes(pieces(own, "gptfit"))
     steps = -(-run.batch_size * run.micro_steps // micro_batch) * run.n_gpus
     return steady_peak(derive(run, batch_size=micro_batch, gradient_accumulation_steps=steps), "gptfit")[0]
 

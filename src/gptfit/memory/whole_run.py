@@ -10,7 +10,7 @@ def run_phases(run: RunConfig, program: str, p: Pieces) -> tuple[tuple[str, int]
     """Live bytes at the peak of each phase, in the order in which a run meets them. `p` are pieces of a whole run."""
     peaks = {
         "loading a checkpoint": Tape(loading(program, p)),
-        "evaluation": Tape([*standing(p), *p.evaluation]),
+        "evaluation": evaluation(p),
         "first step": first_steps(derive(run, eval_interval=0) if run.eval_interval else run, p, n_steps=1),
         "steady step": steady_step(run, p),
         "sampling": Tape([*standing(p), *sampling(run, program)]),
@@ -22,6 +22,16 @@ def run_phases(run: RunConfig, program: str, p: Pieces) -> tuple[tuple[str, int]
 def short_run(run: RunConfig, p: Pieces) -> Tape:
     """A run's first steps and the evaluation after them, when the optimizer's state is there, too."""
     return Tape([*first_steps(run, p).items, *(p.evaluation if run.eval_interval else [])])
+
+
+def evaluation(p: Pieces) -> Tape:
+    """An evaluation between two steps: parameters, optimizer state and the batch are alive."""
+    return Tape([*standing(p), *p.evaluation])
+
+
+def evaluation_bytes(p: Pieces) -> int:
+    """Live bytes at its peak."""
+    return evaluation(p).peak().live_bytes
 
 
 def standing(p: Pieces) -> list[Item]:

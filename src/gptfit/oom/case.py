@@ -6,12 +6,13 @@ from functools import cached_property
 
 from gptfit.config import RunConfig, derive
 from gptfit.errors import GptfitError
-from gptfit.estimate import evaluation_bytes, under_program
+from gptfit.estimate import under_program
 from gptfit.levers import CLEAR
 from gptfit.memory.overhead import CUBLAS_HANDLES, CUBLAS_WORKSPACE_BYTES
 from gptfit.memory.reserve import replay_run, replay_tape, with_workspaces
 from gptfit.memory.step import Pieces, first_steps, pieces, steady_step
 from gptfit.memory.tape import Event, Item, Loop, Tape
+from gptfit.memory.whole_run import evaluation_bytes
 
 # Stretches of a step's tape in which a phase of a traceback may be. The loss is taken within forward by most models.
 WITHIN: dict[str, tuple[str, ...]] = {
@@ -62,7 +63,7 @@ class Case:
 
     @cached_property
     def evaluation_bytes(self) -> int:
-        return evaluation_bytes(self.run, self.pieces(whole=True))
+        return evaluation_bytes(self.pieces(whole=True))
 
     @cached_property
     def checkpoint_bytes(self) -> int:
