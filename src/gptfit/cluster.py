@@ -23,7 +23,7 @@ SLURM = """\
 {note}
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 resume=
-if ls {out}/checkpoint-*.pt > /dev/null 2>&1; then resume=--resume; fi
+if ls {out}/checkpoint-* > /dev/null 2>&1; then resume=--resume; fi
 srun torchrun --nnodes={nodes} --nproc_per_node={per_node} \\
     --rdzv_id="$SLURM_JOB_ID" --rdzv_backend=c10d \\
     --rdzv_endpoint="$head:29500" \\

@@ -2,12 +2,12 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from gptfit.checkpoint import Checkpoint, rng_state
+from gptfit.checkpoint import Checkpoint, checkpoint_path, rng_state, save, save_sharded
 from gptfit.config import RunConfig
 from gptfit.data import Dataset, Feed
 from gptfit.device import HeldMemory
@@ -16,7 +16,10 @@ from gptfit.ema import Ema
 from gptfit.events import Event, Started
 from gptfit.model import GPT
 from gptfit.optim import Stepper
-from gptfit.parallel import Strategy
+from gptfit.parallel import Sharded, Strategy
+
+# Its states are tensors of torchao's or bitsandbytes' own, which are saved whole.
+GATHERED = ("adamw8bit",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,17 +80,39 @@ class Session:
         """Within the block the model has the average of its weights, where one is kept."""
         return self.ema.exchanged() if self.ema else nullcontext()
 
+    def save(self, out: Path) -> Path:
+        """A checkpoint in the folder `out`, on all ranks together: of shards each writes its own, else one writes all.
+
+        Raises GptfitError where it cannot be written.
+        """
+        if isinstance(self.strategy, Sharded) and self.run.optimizer not in GATHERED:
+            names = [name for name, _ in self.model.named_parameters()]
+            ema = dict(zip(names, self.ema.averages, strict=True)) if self.ema else {}
+            self.saved = save_sharded(out, self._checkpoint(), self.model, self.optimizer, ema, self.ranks)
+        else:
+            checkpoint = self.checkpoint()
+            with self.ranks.together():
+                if self.ranks.first:
+                    save(out, checkpoint)
+            self.saved = checkpoint_path(out, self.step)
+        return self.saved
+
     def checkpoint(self) -> Checkpoint:
+        """The whole of it, on the first rank."""
         with self.averaged():
             ema = self.strategy.gathered(self.model.state_dict()) if self.ema else {}
+        model, optimizer = (self.strategy.gathered(of.state_dict()) for of in (self.model, self.optimizer))
+        return replace(self._checkpoint(), model=model, optimizer=optimizer, ema=ema)
+
+    def _checkpoint(self) -> Checkpoint:
+        """All but the weights and states."""
         return Checkpoint(
             step=self.step,
             run=self.run,
-            model=self.strategy.gathered(self.model.state_dict()),
-            optimizer=self.strategy.gathered(self.optimizer.state_dict()),
+            model={},
+            optimizer={},
             scaler=self.scaler.state_dict(),
             rng=rng_state(),
             tokenizer=self.data.tokenizer,
             data_fingerprint=self.data.fingerprint,
-            ema=ema,
         )

@@ -47,9 +47,9 @@ def set_up(
             open_dataset(run)  # prepares the built-in one, which the others then find
     with ranks.together():
         data = open_dataset(run)
-        found = _find_checkpoint(out, run, resume)
+        _make(out)
     with ranks.together():
-        _check_same(ranks, found, out)
+        found = _find_checkpoint(out, run, resume, ranks)
     start(device, run.seed)
     first_notes: list[str] = []
     begin = None if found else lambda model: first_notes.extend(start_weights(model, run))
@@ -61,6 +61,11 @@ def set_up(
         if ranks.first:
             _write_run(run, out)
             metrics.keep_until(out, session.step)
+    with ranks.together():
+        if not (out / RUN_FILE).is_file():
+            raise GptfitError(
+                f'"{out}" is not the same folder to all processes', "--out must be a folder that all machines share"
+            )
     return session, (*notes, *first_notes)
 
 
@@ -114,13 +119,14 @@ def _build(
     feed = Feed(data.tokens(TRAIN), run, device)
     session = Session(run, device, data, model, optimizer, scaler, emit, ranks, strategy, feed)
     session.micro_batch, session.eval_batch = run.batch_size, run.eval_batch_size
-    if checkpoint is not None:
-        _restore(session, checkpoint)
+    with ranks.together():
+        if checkpoint is not None:
+            _restore(session, checkpoint)
     if run.ema_decay:
         session.ema = Ema(model, run.ema_decay)
-        if checkpoint is not None and checkpoint.ema:
-            with session.averaged():
-                strategy.load(checkpoint.ema)
+        with ranks.together():
+            if checkpoint is not None and checkpoint.ema:
+                _restore_ema(session, session.ema, checkpoint)
     if run.compile:
         strategy.compile()
     return session
@@ -135,14 +141,17 @@ def _on_cpu(states: Mapping[str, Any]) -> dict[str, Any]:
     return tree_map_only(Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), dict(states))
 
 
-def _find_checkpoint(out: Path, run: RunConfig, resume: bool) -> Found | None:
-    """The checkpoint to go on from; None for a new run. Makes the folder."""
+def _make(out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise GptfitError(f'cannot make the folder "{out}": {reason}', "give another --out") from None
-    found = latest_valid(out)
+
+
+def _find_checkpoint(out: Path, run: RunConfig, resume: bool, ranks: Ranks) -> Found | None:
+    """The checkpoint to go on from; None for a new run."""
+    found = latest_valid(out, ranks)
     if found is None:
         if resume:
             raise GptfitError(f'there is no checkpoint in "{out}" to resume from', "leave out --resume to start anew")
@@ -159,15 +168,6 @@ def _find_checkpoint(out: Path, run: RunConfig, resume: bool) -> Found | None:
     return found
 
 
-def _check_same(ranks: Ranks, found: Found | None, out: Path) -> None:
-    step = found.checkpoint.step if found else -1
-    latest, earliest = ranks.largest(step, -step)
-    if latest != -earliest:
-        raise GptfitError(
-            f'not all processes find the same checkpoint in "{out}"', "--out must be a folder that all machines share"
-        )
-
-
 def _changes(checkpoint: Checkpoint, run: RunConfig, data: Dataset) -> tuple[str, ...]:
     before, after = checkpoint.run.model_dump(), run.model_dump()
     changed = [f"{key}={after[key]} (was {before[key]})" for key in after if after[key] != before[key]]
@@ -178,9 +178,21 @@ def _changes(checkpoint: Checkpoint, run: RunConfig, data: Dataset) -> tuple[str
 
 
 def _restore(session: Session, checkpoint: Checkpoint) -> None:
-    session.strategy.load(checkpoint.model)
-    load_state(session.optimizer, session.strategy.scattered(checkpoint.optimizer, session.optimizer))
+    if checkpoint.shards is not None:
+        checkpoint.shards.restore(session.model, session.optimizer)
+    else:
+        session.strategy.load(checkpoint.model)
+        load_state(session.optimizer, session.strategy.scattered(checkpoint.optimizer, session.optimizer))
     if checkpoint.scaler and session.scaler.is_enabled():
         session.scaler.load_state_dict(dict(checkpoint.scaler))
     session.step = checkpoint.step
     restore_rng(checkpoint.rng)
+
+
+def _restore_ema(session: Session, ema: Ema, checkpoint: Checkpoint) -> None:
+    if checkpoint.shards is not None:
+        names = [name for name, _ in session.model.named_parameters()]
+        checkpoint.shards.read_weights("ema", dict(zip(names, ema.averages, strict=True)))
+        return
+    with session.averaged():
+        session.strategy.load(checkpoint.ema)

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 
 from gptfit import metrics
-from gptfit.checkpoint import checkpoint_path, save
 from gptfit.config import RunConfig
 from gptfit.data import TRAIN, VAL, load_batch, sequence_starts
 from gptfit.device import held_memory, reset_peaks, set_expandable_segments
@@ -109,7 +108,7 @@ def _run(
             stopped = stopped or watch.spent(record)
             due = run.checkpoint_interval and session.step % run.checkpoint_interval == 0
             if due or wanted or last or stopped:
-                saved = _save(session, out)
+                saved = Saved(session.step, session.save(out))
                 emit(saved)
             if correction and not (last or stopped):
                 return correction
@@ -128,16 +127,6 @@ def _agreed(ranks: Ranks, asked: Asked) -> tuple[str, bool]:
     number, save = ranks.largest(signal.Signals[asked.signal] if asked.signal else 0, asked.save)
     asked.save = False
     return signal.Signals(int(number)).name if number else "", save > 0
-
-
-def _save(session: Session, out: Path) -> Saved:
-    checkpoint = session.checkpoint()
-    path = checkpoint_path(out, session.step)
-    with session.ranks.together():
-        if session.ranks.first:
-            save(out, checkpoint)
-    session.saved = path
-    return Saved(session.step, path)
 
 
 def _step(session: Session) -> Stepped:
