@@ -22,7 +22,7 @@ def test_nine_of_ten_eager_measurements_are_within_the_stated_error() -> None:
     found = sorted(abs(row.error or 0) for row in accuracy().of_kind("allocated, eager"))
     assert len(found) >= 10
     assert quantiles(found, n=10, method="inclusive")[-1] <= errors()["eager"]
-    assert errors()["eager"] <= 2 * found[-2], "the error is stated far larger than measured"
+    assert errors()["eager"] <= 0.005, "stated larger than what random runs are off their traces (tests/test_twins.py)"
 
 
 def test_measured_processes_lie_within_their_interval() -> None:

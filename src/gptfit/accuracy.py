@@ -36,7 +36,7 @@ class Gate:
 
 
 GATES = {
-    "allocated, eager": Gate(0.0125, 0.005),
+    "allocated, eager": Gate(0.005, 0.001),
     "allocated, compiled": Gate(0.03, 0.03),
     "process": Gate(0.04, 0.015),
 }

@@ -20,6 +20,8 @@ Shape = tuple[int, ...]
 # 25 GB/s.
 OFFLOAD_MIN_BYTES = 256 << 10
 
+THREADS = ("main", "autograd")  # each has a cuBLAS handle of its own
+
 
 class Storage:
     """Memory on the tape. Dropping the last reference writes the free: in a loop that of this round, after
@@ -138,6 +140,8 @@ class Writer:
         self.training = True
         self.step_in_backward: Callable[[Parameter], list[Item]] | None = None  # the optimizer's, of one parameter
         self.offload = False  # whether what is saved for backward goes to the host
+        self.thread = THREADS[0]  # that launches what is written: autograd runs backward in one of its own
+        self.handles: set[str] = set()  # the threads that have multiplied
 
     def mark(self, op: str, phase: str | None = None) -> None:
         self.phase = phase if phase is not None else self.phase
@@ -149,6 +153,15 @@ class Writer:
         shift += self.shift
         self.items.append(Event(1, buffer, shift))
         return Tensor(Storage(self, buffer, shift), shape, dtype)
+
+    def multiplies(self) -> None:
+        """A matrix product, its output made: the first one of a thread takes cuBLAS's workspace of that thread.
+
+        How large that is depends on the GPU: the place alone is written (reserve.with_workspaces). Output, then
+        workspace is the order of every recording that has both (tests/data/snapshots)."""
+        if self.kernels and self.thread not in self.handles:
+            self.handles.add(self.thread)
+            self.items.append(Event(1, workspace_of(self.thread)))
 
     def take_over(self, buffer: Buffer, node: Node | None, shift: int = 0) -> Tensor:
         """A tensor that was made elsewhere on the tape: freeing it is ours from here on."""
@@ -240,6 +253,7 @@ class Writer:
 
         `grads` holds the gradients that have arrived, and afterwards those for nodes not in `nodes`.
         """
+        outer, self.thread = self.thread, THREADS[1]
         while nodes:
             node = nodes.pop()
             if node not in grads or node.backward is None:
@@ -260,6 +274,7 @@ class Writer:
                     results.pop()
             del results
         self.shift = 0
+        self.thread = outer
 
     def deliver(self, target: Node, result: Tensor, grads: dict[Node, Tensor]) -> None:
         """Adds `result` to what has arrived for `target`: in place where the engine holds the only reference
@@ -289,6 +304,11 @@ class Writer:
 
     def tape(self) -> Tape:
         return Tape(self.items)
+
+
+def workspace_of(thread: str, n_bytes: int = 0) -> Buffer:
+    """cuBLAS's workspace of a thread: kept for good once it is there."""
+    return Buffer(f"cuBLAS workspace of the {thread} thread", "workspace", (n_bytes,), "uint8", n_bytes)
 
 
 def rename_last(items: list[Item], old: Buffer, new: Buffer) -> int:

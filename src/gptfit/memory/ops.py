@@ -47,10 +47,12 @@ def linear(
     x_shape, w_shape, dtype = x.shape, weight.shape, x.dtype
     x_node, weight_node, bias_node = x.node, weight.node, bias.node if bias is not None else None
     y = w.empty(name, category, shape, dtype)
+    w.multiplies()
     w.flops += 2 * _numel(x_shape) * weight.shape[0] * w.repeat
 
     def backward(grad: Tensor, saved: Saved) -> list[Tensor | None]:
         grad_x = w.empty(f"{name} input gradient", "temporary", x_shape, dtype) if x_node else None
+        w.multiplies()
         grad_w = w.empty(f"{name} weight gradient", "temporary", w_shape, dtype) if weight_node else None
         grad_b = w.empty(f"{name} bias gradient", "temporary", (w_shape[0],), dtype) if bias_node else None
         for made in (grad_x, grad_w):

@@ -6,16 +6,18 @@ from itertools import islice
 
 from gptfit.config import RunConfig
 from gptfit.memory.allocator import AllocatorOptions, Block, CachingAllocator
+from gptfit.memory.autograd import THREADS, workspace_of
 from gptfit.memory.overhead import CUBLAS_HANDLES
-from gptfit.memory.step import Pieces
+from gptfit.memory.step import Pieces, first_steps
 from gptfit.memory.tape import Buffer, Event, Item, Loop, Mark, Tape
-from gptfit.memory.whole_run import short_run
+from gptfit.memory.whole_run import N_STEPS, short_run
 
 
 @dataclass(frozen=True, slots=True)
 class Reserved:
-    """Peaks of the replay: block sizes handed out during the steps, and segments held at any time. `retries` counts
-    how often the allocator had to give back what it cached before it got more."""
+    """Peaks of the replay: block sizes handed out in its last step, when blocks are cut as they will be from then on,
+    and segments held at any time. `retries` counts how often the allocator had to give back what it cached before it
+    got more."""
 
     allocated_bytes: int
     reserved_bytes: int
@@ -36,7 +38,7 @@ def replay_run(
     expandable = run.expandable_segments if expandable_segments is None else expandable_segments
     tape = with_workspaces(short_run(run, parts), workspace_bytes)
     evaluations = count(parts.evaluation) if run.eval_interval else 0
-    before = count(parts.parameter_items) + count(parts.batch) + evaluations
+    before = count(first_steps(run, parts, N_STEPS - 1).items)
     return replay_tape(tape, expandable, before, evaluations, capacity_bytes)
 
 
@@ -76,15 +78,30 @@ def count(items: Iterable[Item]) -> int:
 
 
 def with_workspaces(tape: Tape, workspace_bytes: int) -> Tape:
-    """cuBLAS's workspaces at the first matmul of each thread: in forward, and in backward."""
-    items: list[Item] = []
-    phases = iter(("forward", "loss backward")[:CUBLAS_HANDLES])
-    phase = next(phases)
-    for item in tape.items:
-        items.append(item)
-        if isinstance(item, Mark) and item.phase == phase:
-            items.append(
-                Event(1, Buffer(f"cuBLAS workspace {phase}", "workspace", (workspace_bytes,), "uint8", workspace_bytes))
-            )
-            phase = next(phases, "")
+    """cuBLAS's workspaces, one of each thread: at its first matrix product, where the tape says which that is, else
+    at the beginning of its phase."""
+    items = tape.items
+    for thread, phase in zip(THREADS[:CUBLAS_HANDLES], ("forward", "loss backward"), strict=False):
+        sized = Event(1, workspace_of(thread, workspace_bytes))
+        items = put_first(items, Event(1, workspace_of(thread)), sized) or put_after(items, phase, sized)
     return Tape(items)
+
+
+def put_first(items: list[Item], place: Event, event: Event) -> list[Item] | None:
+    """`event` instead of the first `place`; in a loop that is one of the first round, which comes apart then."""
+    for index, item in enumerate(items):
+        if item == place:
+            return [*items[:index], event, *items[index + 1 :]]
+        if isinstance(item, Loop) and item.n and (body := put_first(item.body, place, event)) is not None:
+            first = item.start + (item.n - 1) * item.stride if item.reverse else item.start
+            second = item.start if item.reverse else item.start + item.stride
+            rounds = [item._replace(n=1, body=body, start=first), item._replace(n=item.n - 1, start=second)]
+            return [*items[:index], *rounds, *items[index + 1 :]]
+    return None
+
+
+def put_after(items: list[Item], phase: str, event: Event) -> list[Item]:
+    """`event` after the first mark of `phase`; nothing where there is none."""
+    marks = (index for index, item in enumerate(items) if isinstance(item, Mark) and item.phase == phase)
+    at = next(marks, None)
+    return items if at is None else [*items[: at + 1], event, *items[at + 1 :]]

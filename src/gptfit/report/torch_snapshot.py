@@ -28,7 +28,7 @@ Frames = list[dict[str, Any]]
 
 
 def predicted_tape(run: RunConfig, program: str, profile: GpuProfile | None = None) -> Tape:
-    """What an estimate replays: evaluation, the first step, and two steady ones, with the scratch of kernels."""
+    """What an estimate replays: evaluation, the first step, and three more, with the scratch of kernels."""
     run = under_program(run, program)
     workspace_bytes = cublas_workspace_bytes(profile.compute_capability if profile else None)
     return with_workspaces(short_run(run, pieces(run, program, kernels=True)), workspace_bytes)
