@@ -5,19 +5,21 @@ user set are kept, unless nothing fits; the tokens of a step are kept in any cas
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from heapq import heapify, heappop
 from itertools import product
 from typing import Any
 
-from gptfit.config import RunConfig, check_key, derive
+from gptfit.combination import Combination
+from gptfit.config import RunConfig, check_key
 from gptfit.door import ConfigSource
 from gptfit.errors import GptfitError, nearest
 from gptfit.estimate import Budget, Estimate, Speed, estimate, speed_json, under_program
 from gptfit.gpus import GpuProfile
 from gptfit.levers import LEVERS, LeverEffect, effects
 from gptfit.memory.overhead import CUBLAS_HANDLES, cublas_workspace_bytes
-from gptfit.memory.step import steady_peak
-from gptfit.speed import predict
+from gptfit.speed import Pace
 
 # What the search may choose freely: the numbers of training stay the same to rounding.
 FREE: dict[str, tuple[object, ...]] = {
@@ -35,6 +37,7 @@ LAST_RESORT: dict[str, tuple[object, ...]] = {
 FINALISTS = 4
 MANY = 1024
 TRITON_CAPABILITY = 7.0  # what torch.compile asks of a card (torch/_inductor/scheduler.py, GPUTooOldForTriton)
+BOUND = 1.0 + 1e-9  # what rounding may take from a bound
 INEXACT = 0.015  # the speed that the exact number of tokens a step is worth; the nearest, by how far off it is
 
 
@@ -253,11 +256,11 @@ class Search:
         tokens: int,
         risk: float | None = None,
         finalists: int = FINALISTS,
-        runs: dict[tuple[object, ...], RunConfig] | None = None,
+        known: dict[tuple[object, ...], Combination] | None = None,
     ) -> None:
         self.base = run
         self.finalists = finalists
-        self.runs = {} if runs is None else runs  # of the same base and tokens: searches of other cards may share them
+        self.known = {} if known is None else known  # of the same base and tokens: searches of other cards share them
         self.profile = profile
         self.tokens = tokens
         self.overhead_bytes = profile.context_bytes + CUBLAS_HANDLES * cublas_workspace_bytes(
@@ -269,77 +272,77 @@ class Search:
         self.micro_batch: int | None = None  # the only one to try, where it is to be kept
         self.n_searched = 0
 
-    def run(self, combinations: list[dict[str, object]]) -> list[Candidate]:
+    def run(self, choices: Iterable[Mapping[str, object]]) -> list[Candidate]:
         """Candidates that fit, best first; the finalists have been replayed."""
-        ranked: list[tuple[float, dict[str, object], RunConfig]] = []
-        for combination in combinations:
-            for micro_batch, run, flops_per_token in self.fitting(combination):
-                speed = predict(run, self.profile, flops_per_token, "gptfit")
-                choice = {**combination, **split(run, micro_batch)}
-                away = abs(run.tokens_per_step - self.tokens) / self.tokens
-                worth = 1.0 - INEXACT - away if away else 1.0
-                ranked.append((-speed.tokens_per_second * worth, choice, run))
-        ranked.sort(key=lambda entry: entry[0])
-        return self.replayed(ranked)
+        return self.replayed(self.ranked([self.combination(keys) for keys in choices]))
 
-    def fitting(self, combination: dict[str, object]) -> Iterator[tuple[int, RunConfig, int]]:
-        """Each micro-batch of this combination whose live peak fits."""
+    def combination(self, keys: Mapping[str, object]) -> Combination:
+        name = tuple(keys.items())
+        if name not in self.known:
+            self.known[name] = Combination(self.base, keys, self.tokens)
+        return self.known[name]
+
+    def ranked(self, combinations: Sequence[Combination]) -> Iterator[tuple[Combination, int]]:
+        """Each combination with each micro-batch whose live peak fits, best first.
+
+        A combination is looked into when even its fastest, were all of the card used, would be next: mostly never.
+        """
         largest = max(1, self.tokens // self.base.block_size // self.base.n_gpus)
         # A gradient that is used up in backward cannot be accumulated: one micro-batch is the step.
         first = largest if self.base.optimizer_in_backward else 1
         if self.micro_batch is not None:
             first = largest = self.micro_batch
-        self.n_searched += largest - first + 1
-        low, high, flops_per_token = first - 1, largest, 0
-        step = 1
-        while low < high:  # doubling first, as the answer is usually far below the largest
-            middle = min(high, low + step)
-            run = self.derived(combination, middle)
-            try:
-                live_bytes, flops_per_token = steady_peak(run, "gptfit")
-            except GptfitError:  # a budget below what can be estimated, for these shapes
-                return
-            if live_bytes + self.overhead_bytes <= self.usable_bytes:
-                low, step = middle, step * 2
-            else:
-                high, step = middle - 1, max(1, (middle - 1 - low) // 2)
-        for micro_batch in worth_trying(first, low, largest):
-            yield micro_batch, self.derived(combination, micro_batch), flops_per_token
+        self.n_searched += len(combinations) * (largest - first + 1)
+        room_bytes = self.usable_bytes - self.overhead_bytes
+        paces: dict[int, Pace] = {}
+        heap: list[tuple[float, int, int]] = []  # less the worth, the combination, the micro-batch: 0 is all of them
+        for number, combination in enumerate(combinations):
+            with suppress(GptfitError):  # a budget below what can be estimated, for these shapes
+                if combination.live_bytes(first) <= room_bytes:
+                    pace = paces[number] = Pace(combination.work, self.profile)
+                    heap.append((-BOUND * self.base.n_gpus / pace.least_token_seconds(), number, 0))
+        heapify(heap)
+        while heap:
+            _, number, micro_batch = heappop(heap)
+            combination = combinations[number]
+            if micro_batch:
+                yield combination, micro_batch
+                continue
+            last = combination.largest(first, largest, room_bytes)
+            tried = worth_trying(first, last, largest)
+            heap += [(-self.worth(combination, paces[number], batch), number, batch) for batch in tried]
+            heapify(heap)
 
-    def derived(self, combination: dict[str, object], micro_batch: int) -> RunConfig:
-        key = (micro_batch, *combination.items())
-        if key not in self.runs:
-            steps = max(1, round(self.tokens / (micro_batch * self.base.block_size * self.base.n_gpus)))
-            changes = {
-                **combination,
-                "batch_size": micro_batch,
-                "gradient_accumulation_steps": steps * self.base.n_gpus,
-            }
-            self.runs[key] = derive(self.base, **changes)
-        return self.runs[key]
+    def worth(self, combination: Combination, pace: Pace, micro_batch: int) -> float:
+        """Predicted tokens per second; the farther the tokens of a step are from those asked for, the less."""
+        steps = combination.steps(micro_batch)
+        tokens = micro_batch * self.base.block_size * steps * self.base.n_gpus
+        tokens_per_second = tokens / pace.seconds(micro_batch, steps)
+        away = abs(tokens - self.tokens) / self.tokens
+        return tokens_per_second * (1.0 - INEXACT - away if away else 1.0)
 
-    def replayed(self, ranked: list[tuple[float, dict[str, object], RunConfig]]) -> list[Candidate]:
+    def replayed(self, ranked: Iterable[tuple[Combination, int]]) -> list[Candidate]:
         """The first few of the ranking that fit for sure when replayed, or if none does, those that fit within the
         error. A candidate that does not fit moves the limit of its combination down by what is missing."""
         sure: list[Candidate] = []
         unsure: list[Candidate] = []
-        limits: dict[tuple[object, ...], int] = {}
-        for _, choice, run in ranked:
-            kind = tuple(choice[key] for key in choice if key not in ("batch_size", "gradient_accumulation_steps"))
-            if len(sure) >= self.finalists:
-                break
-            if run.batch_size > limits.get(kind, run.batch_size):
+        limits: dict[Combination, int] = {}
+        for combination, micro_batch in ranked:
+            if micro_batch > limits.get(combination, micro_batch):
                 continue
+            run = combination.run(micro_batch)
             full = estimate(run, "gptfit", self.profile, self.reserve_bytes, self.risk, squeeze=False)
-            candidate = Candidate(choice, run, full)
+            candidate = Candidate({**combination.keys, **combination.split(micro_batch)}, run, full)
             missing = full.interval.high_bytes - self.usable_bytes
             if missing <= 0:
                 sure.append(candidate)
+                if len(sure) >= self.finalists:
+                    break
                 continue
             if candidate.fits and len(unsure) < self.finalists:
                 unsure.append(candidate)
-            per_sequence = max(1, full.saved_for_backward_bytes // run.batch_size)
-            limits[kind] = run.batch_size - max(1, missing // per_sequence)
+            per_sequence = max(1, full.saved_for_backward_bytes // micro_batch)
+            limits[combination] = micro_batch - max(1, missing // per_sequence)
         return sure or unsure
 
 
@@ -350,7 +353,3 @@ def worth_trying(first: int, last: int, sequences: int) -> Iterable[int]:
         return range(first, last + 1)
     nearest_ones = {round(sequences / steps) for steps in range(1, sequences // (first + MANY) + 2)}
     return (*range(first, first + MANY), *sorted(m for m in nearest_ones if first + MANY <= m < last), last)
-
-
-def split(run: RunConfig, micro_batch: int) -> dict[str, object]:
-    return {"batch_size": micro_batch, "gradient_accumulation_steps": run.gradient_accumulation_steps}

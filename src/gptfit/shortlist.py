@@ -1,15 +1,16 @@
 """Several cards beside one another for one run: which of them fit, with what choice, and how fast they are."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from gptfit.card import Card, names_in, need_card
+from gptfit.combination import Combination
 from gptfit.door import ConfigSource
 from gptfit.errors import GptfitError
 from gptfit.estimate import Budget, Estimate, estimate, speed_json, under_program
 from gptfit.gpus import gpu_names
-from gptfit.memory.step import steady_peak
-from gptfit.plan import LAST_RESORT, Search, checked_tokens, choices, options, split
+from gptfit.plan import LAST_RESORT, Search, checked_tokens, choices, options
 from gptfit.target import Goal, Target, reach
 
 
@@ -129,12 +130,13 @@ def shortlist(
 ) -> Shortlist:
     """The choice on each card is `plan`'s. Raises GptfitError as `plan` does."""
     tokens = checked_tokens(source.run, tokens_per_step, allow)
-    run, runs = under_program(source.run, "gptfit"), {}
+    run = under_program(source.run, "gptfit")
+    known: dict[tuple[object, ...], Combination] = {}
     found: list[CardPlan] = []
     for card in cards:
         profile = card.profile
         budget = Budget(profile.name, profile.total_bytes, card.reserve_bytes)
-        search = Search(run, profile, budget, tokens, risk, finalists=1, runs=runs)
+        search = Search(run, profile, budget, tokens, risk, finalists=1, known=known)
         found.append(plan_card(search, source, card, allow, keep, goal))
     found.sort(key=rank)
     return Shortlist(tokens, tuple(found))
@@ -169,15 +171,17 @@ def smallest(
     Tried from the lowest live peak on, until that alone is more than the least so far.
     """
     every = options(source.run, search.profile, frozenset(keep), tuple(LAST_RESORT))
-    runs = [(choice, search.derived(choice, 1)) for choice in every]
-    peaks = sorted((steady_peak(run, "gptfit")[0], index) for index, (_, run) in enumerate(runs))
+    peaks: list[tuple[int, int, Combination]] = []
+    for index, keys in enumerate(every):
+        with suppress(GptfitError):  # a budget below what can be estimated, for these shapes
+            combination = search.combination(keys)
+            peaks.append((combination.live_bytes(1), index, combination))
     least: tuple[Mapping[str, object], Estimate] | None = None
-    for live_bytes, index in peaks:
-        choice, run = runs[index]
+    for live_bytes, _, combination in sorted(peaks):
         if least is not None and live_bytes >= least[1].reserved_bytes:
             break
-        need = estimate(run, "gptfit", card.profile, card.reserve_bytes, search.risk)
+        need = estimate(combination.run(1), "gptfit", card.profile, card.reserve_bytes, search.risk)
         if least is None or need.reserved_bytes < least[1].reserved_bytes:
-            least = {**choice, **split(run, 1)}, need
+            least = {**combination.keys, **combination.split(1)}, need
     assert least is not None  # there is always the run as given
     return least

@@ -127,7 +127,8 @@ class StepTime:
 def predict(run: RunConfig, profile: GpuProfile, flops_per_token: int, program: str = "gptfit") -> Speed:
     """The speed of `run` on `profile` under that program; `flops_per_token` as in the estimate (forward and backward,
     nothing recomputed). n_gpus cards are taken to be alike and in one machine."""
-    seconds = step_time(run, profile, flops_per_token, program, CONSTANTS).seconds / profile.speed_factor
+    pace = Pace(work_of(run, flops_per_token, program), profile)
+    seconds = pace.seconds(run.batch_size, run.micro_steps)
     tokens_per_second = run.tokens_per_step / seconds
     peak = dense_peak(run.dtype, profile)
     like_rows = run.compile and run.dtype == "bfloat16" and run.n_gpus == 1 and float(profile.compute_capability) >= 8.0
@@ -161,28 +162,32 @@ def dense_peak(dtype: str, profile: GpuProfile) -> float:
     return max(flops.tf32 or 0.0, flops.fp32)
 
 
-def step_time(
-    run: RunConfig, profile: GpuProfile, flops_per_token: int, program: str, constants: Constants
-) -> StepTime:
-    """One optimizer step, part by part."""
-    n_tokens, micro_steps = run.batch_size * run.block_size, run.micro_steps
-    n_embd, n_layer, n_gpus = run.n_embd, run.n_layer, run.n_gpus
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a step of some run computes and moves, on any card, whatever its micro-batch."""
+
+    run: RunConfig
+    n_params: float
+    token_flops: float
+    token_bytes: float
+    once_bytes: float  # that weights and their gradients move in one micro-step, and in one of several
+    accumulating_bytes: float
+    offload_bytes: int  # for each token
+    kernels: float
+    chunk_size: int  # of a chunked loss in tokens; 0 without
+    update_bytes: float
+    update_flops: float
+
+
+def work_of(run: RunConfig, flops_per_token: int, program: str) -> Work:
+    """The work of a step. `batch_size` and `gradient_accumulation_steps` of `run` do not matter."""
+    n_embd, n_layer = run.n_embd, run.n_layer
     attention_flops = 12 * n_layer * run.block_size * n_embd
     matmul_params = max(0.0, (flops_per_token - attention_flops) / 6)
     head_params = n_embd * run.vocab_size
     n_params = matmul_params + (0 if run.tie_embeddings else head_params)
     recompute = recomputed_share(run)
 
-    flops = n_tokens * (flops_per_token + recompute * max(0, flops_per_token - 6 * head_params))
-    emulated = run.dtype == "bfloat16" and profile.flops.bf16 is None
-    efficiency = constants.fp32_efficiency if emulated or run.dtype == "float32" else constants.matmul_efficiency
-    rate = 1 / (dense_peak(run.dtype, profile) * efficiency)
-    rate += constants.sm_seconds_per_flop / profile.sm_count
-    tiles = max(1.0, n_tokens * n_embd / TILE)
-    # Half a wave is idle; 5/12 of a block's FLOPs are matmuls with n_embd columns, the rest have 3 or 4 times that.
-    compute = flops * rate * (1 + 0.3 * profile.sm_count / tiles)
-
-    bandwidth = profile.bandwidth_bytes_per_second * constants.bandwidth_share
     block_bytes = n_layer * block_token_bytes(run) * (1 + recompute)
     if not run.compile:
         block_bytes *= EAGER_TRAFFIC
@@ -190,21 +195,73 @@ def step_time(
         block_bytes += n_layer * DTYPE_BYTES[run.dtype] * (run.n_hidden + LEAN_WIDTH_PASSES * n_embd)
     if run.recompute_cheap:
         block_bytes += n_layer * (REMADE_WIDTH_BYTES * n_embd + REMADE_HIDDEN_BYTES * run.n_hidden)
-    traffic = offload_seconds(run) if run.activation_offload else 0.0
-    moved = n_tokens * (block_bytes + logit_token_bytes(run, program)) + weight_bytes(run, n_params)
-
-    kernels = OTHER_KERNELS + n_layer * BLOCK_KERNELS[run.compile] * (1 + recompute)
-    if run.loss == "chunked" and program != "nanogpt":
-        kernels += CHUNK_KERNELS * math.ceil(n_tokens / run.loss_chunk_size)
-
     update_bytes, update_flops = optimizer_work(run, n_params, max(0.0, matmul_params - head_params))
-    optimizer = update_bytes / run.shards / bandwidth + update_flops * rate
-    if run.optimizer_impl == "for-loop":
-        optimizer = max(optimizer, n_layer * LOOP_STEP_KERNELS * LAUNCH_SECONDS)
-    all_reduce, sharding = between_cards(run, profile, n_params) if n_gpus > 1 else (0.0, 0.0)
-    launch = kernels * LAUNCH_SECONDS
-    traffic += moved / bandwidth
-    return StepTime(compute, traffic, launch, sharding, micro_steps, optimizer, all_reduce)
+    return Work(
+        run=run,
+        n_params=n_params,
+        token_flops=flops_per_token + recompute * max(0, flops_per_token - 6 * head_params),
+        token_bytes=block_bytes + logit_token_bytes(run, program),
+        once_bytes=weight_bytes(run, n_params, accumulating=False),
+        accumulating_bytes=weight_bytes(run, n_params, accumulating=True),
+        offload_bytes=offload_token_bytes(run) if run.activation_offload else 0,
+        kernels=OTHER_KERNELS + n_layer * BLOCK_KERNELS[run.compile] * (1 + recompute),
+        chunk_size=run.loss_chunk_size if run.loss == "chunked" and program != "nanogpt" else 0,
+        update_bytes=update_bytes,
+        update_flops=update_flops,
+    )
+
+
+class Pace:
+    """Some work on one card: seconds of a step for any micro-batch. A search asks for thousands of them."""
+
+    def __init__(self, work: Work, profile: GpuProfile, constants: Constants = CONSTANTS) -> None:
+        run = work.run
+        self.work = work
+        self.speed_factor = profile.speed_factor
+        self.sm_count = profile.sm_count
+        emulated = run.dtype == "bfloat16" and profile.flops.bf16 is None
+        efficiency = constants.fp32_efficiency if emulated or run.dtype == "float32" else constants.matmul_efficiency
+        self.rate = 1 / (dense_peak(run.dtype, profile) * efficiency)
+        self.rate += constants.sm_seconds_per_flop / profile.sm_count
+        self.bandwidth = profile.bandwidth_bytes_per_second * constants.bandwidth_share
+        self.optimizer = work.update_bytes / run.shards / self.bandwidth + work.update_flops * self.rate
+        if run.optimizer_impl == "for-loop":
+            self.optimizer = max(self.optimizer, run.n_layer * LOOP_STEP_KERNELS * LAUNCH_SECONDS)
+        several = run.n_gpus > 1
+        self.all_reduce, self.sharding = between_cards(run, profile, work.n_params) if several else (0.0, 0.0)
+
+    def step(self, batch_size: int, micro_steps: int) -> StepTime:
+        """One optimizer step of micro-batches of `batch_size` sequences, part by part."""
+        work = self.work
+        n_tokens = batch_size * work.run.block_size
+        tiles = max(1.0, n_tokens * work.run.n_embd / TILE)
+        # Half a wave is idle; 5/12 of a block's FLOPs are matmuls with n_embd columns, the rest have 3 or 4 times that.
+        compute = n_tokens * work.token_flops * self.rate * (1 + 0.3 * self.sm_count / tiles)
+        moved = n_tokens * work.token_bytes + (work.accumulating_bytes if micro_steps > 1 else work.once_bytes)
+        kernels = work.kernels
+        if work.chunk_size:
+            kernels += CHUNK_KERNELS * math.ceil(n_tokens / work.chunk_size)
+        traffic = n_tokens * work.offload_bytes / PCIE_BYTES_PER_SECOND + moved / self.bandwidth
+        launch = kernels * LAUNCH_SECONDS
+        return StepTime(compute, traffic, launch, self.sharding, micro_steps, self.optimizer, self.all_reduce)
+
+    def seconds(self, batch_size: int, micro_steps: int) -> float:
+        return self.step(batch_size, micro_steps).seconds / self.speed_factor
+
+    def least_token_seconds(self) -> float:
+        """What a token takes at least on one of the cards, whatever the micro-batch: no card is idle, and weights and
+        the optimizer cost nothing."""
+        work = self.work
+        offload = work.offload_bytes / PCIE_BYTES_PER_SECOND
+        return (work.token_flops * self.rate + work.token_bytes / self.bandwidth + offload) / self.speed_factor
+
+
+def step_time(
+    run: RunConfig, profile: GpuProfile, flops_per_token: int, program: str, constants: Constants
+) -> StepTime:
+    """One optimizer step, part by part."""
+    pace = Pace(work_of(run, flops_per_token, program), profile, constants)
+    return pace.step(run.batch_size, run.micro_steps)
 
 
 def recomputed_share(run: RunConfig) -> float:
@@ -219,14 +276,13 @@ def recomputed_share(run: RunConfig) -> float:
     return part * FORWARD / run.checkpoint_every
 
 
-def offload_seconds(run: RunConfig) -> float:
-    """Seconds of a micro-step in which what is saved for backward goes to the host and comes back; nothing hides it."""
+def offload_token_bytes(run: RunConfig) -> int:
+    """Bytes saved for backward that go to the host for each token and come back; nothing hides them."""
     size, stream_size = DTYPE_BYTES[run.dtype], DTYPE_BYTES[run.param_dtype]
     kv_width = run.n_kv_head * run.head_size
     # Each block: both norms' inputs and outputs, q, k and v, the attention's output for two, the MLP's hidden layers.
     widths = 2 * run.n_embd + run.n_embd + 2 * kv_width + 2 * run.n_embd + 2 * run.n_hidden
-    block_bytes = 2 * run.n_embd * stream_size + widths * size
-    return 2 * run.batch_size * run.block_size * run.n_layer * block_bytes / PCIE_BYTES_PER_SECOND
+    return 2 * run.n_layer * (2 * run.n_embd * stream_size + widths * size)
 
 
 def block_token_bytes(run: RunConfig) -> float:
@@ -260,11 +316,11 @@ def logit_token_bytes(run: RunConfig, program: str) -> float:
     return run.vocab_size * (4 * size + 9 * 4)
 
 
-def weight_bytes(run: RunConfig, n_params: float) -> float:
+def weight_bytes(run: RunConfig, n_params: float, accumulating: bool) -> float:
     """Bytes that weights and their gradients move in one micro-step, whatever its tokens."""
     size, param_size = DTYPE_BYTES[run.dtype], DTYPE_BYTES[run.param_dtype]
     cast = 0 if size == param_size else 2 * (size + param_size)  # weights down, gradients up
-    accumulate = 3 * param_size if run.micro_steps > 1 else 0
+    accumulate = 3 * param_size if accumulating else 0
     return n_params * (4 * size + cast + accumulate)
 
 
