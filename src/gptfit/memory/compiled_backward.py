@@ -47,7 +47,9 @@ class Compiled(CompiledForward):
         name = (
             f"{module}.weight gradient" if self.late and "*" in module else f"weight gradient {shape[0]} × {shape[1]}"
         )
-        return [self.w.empty(name, "temporary", shape, self.low)]
+        made = [self.w.empty(name, "temporary", shape, self.low)]
+        self.w.multiplies()
+        return made
 
     def accumulate(self, but: str = "") -> None:
         """The gradients come back together: taken over where there are none, else added and dropped."""
@@ -271,8 +273,10 @@ class Compiled(CompiledForward):
         elif self.copies:
             name = "head gradient in low precision"
             head.append(w.empty(name, "temporary", (run.vocab_size, run.n_embd), self.low))
+            w.multiplies()
         self.drop_head("ln_f")
         dx = w.empty("final norm gradient", "temporary", self.shape(run.n_embd), self.low)
+        w.multiplies()
         self.drop_head("wte.weight", "lm_head.weight")
         grads.clear()
         if not tied:

@@ -125,7 +125,10 @@ class CompiledForward(Program):
             self.vector(f"{name}.bias", n_out)
         self.w.flops += 2 * self.tokens[0] * self.tokens[1] * n_in * n_out * self.w.repeat
         kept = [copy] if copy is not None else []
-        return [*kept, self.activation(output, n_out, self.low)] if output else kept
+        if output:
+            kept.append(self.activation(output, n_out, self.low))
+            self.w.multiplies()
+        return kept
 
     def mask(self, name: str) -> list[Tensor]:
         """Dropout keeps a boolean mask."""
