@@ -14,7 +14,7 @@ from gptfit.device import adapt, pick_device
 from gptfit.door import ConfigSource, read_config
 from gptfit.driver import DriverGpu, detect
 from gptfit.errors import GptfitError
-from gptfit.estimate import Estimate, estimate
+from gptfit.estimate import Estimate, estimate, speed_json
 from gptfit.events import Listener, Note
 from gptfit.levers import LeverEffect, effects
 from gptfit.plan import plan
@@ -58,6 +58,16 @@ class Launch:
             "reserved_bytes": self.estimate.reserved_bytes,
             "process_bytes": self.estimate.process_bytes,
         }
+
+    def record(self) -> dict[str, object]:
+        """What a report needs to know: the run as given where it was planned, and what is predicted."""
+        given = self.refit.source.run.model_dump() if isinstance(self.refit, AutoFit) else None
+        one = self.estimate
+        if one is None or one.budget is None:
+            return {"given": given, "predicted": None}
+        known = {**(self.predicted or {}), "low_bytes": one.interval.low_bytes, "high_bytes": one.interval.high_bytes}
+        speed = speed_json(one.speed) if one.speed else None
+        return {"given": given, "predicted": {**known, "gpu": one.budget.to_json(), "speed": speed}}
 
     def tell(self, listener: Listener) -> None:
         """Hands the notes to whoever listens to the training."""

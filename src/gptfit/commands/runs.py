@@ -13,7 +13,9 @@ from gptfit.options import (
     WORDS,
     YES,
     Device,
+    Json,
     Out,
+    Page,
     Words,
     asked_for,
 )
@@ -72,6 +74,7 @@ def train(
 
         read_config(asked.config, asked.overrides)  # what is wrong with it is said before torch is loaded
     from gptfit.distributed import joined, launched
+    from gptfit.journal import journaled
     from gptfit.launch import prepare_launch
     from gptfit.progress import Progress
     from gptfit.report.lists import refusal_view
@@ -88,16 +91,35 @@ def train(
         if ranks.any(launch.refused) and not force:
             return NO
         with Progress() if ranks.first else nullcontext() as progress:
-            if progress is not None:
-                launch.tell(progress)
-            finished = run_training(
-                launch.run, out, resume, launch.predicted, Logs(log, progress), device, launch.refit, profile
-            )
+            logs = Logs(log, progress)
+            with journaled(Path(out), launch.record(), logs) if ranks.first else nullcontext(logs) as listener:
+                if ranks.first:
+                    launch.tell(listener)
+                finished = run_training(
+                    launch.run, out, resume, launch.predicted, listener, device, launch.refit, profile
+                )
         if auto_fit and ranks.first and not finished.stopped_by:
             from gptfit.sample import sample as draw
 
             write(draw(out, n_tokens=300, device_name=device) + "\n")
     return INTERRUPTED if finished.stopped_by == "SIGINT" else YES
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The run's folder.")] = Path("out"),
+    html: Page = None,
+    json: Json = False,
+) -> None:
+    """The page of a run, made again from its folder: DIR/report.html."""
+    from gptfit.report.html_run import write_report
+    from gptfit.report.output import respond
+    from gptfit.report.run_facts import read_run
+    from gptfit.report.run_summary import summary_json, summary_view
+
+    facts = read_run(folder)
+    path = write_report(facts, Path(html) if html is not None else None)
+    respond(json, lambda: summary_json(facts, path), summary_view(facts, path))
 
 
 @app.command()

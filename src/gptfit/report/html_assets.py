@@ -12,7 +12,7 @@ main { max-width: 62rem; margin: 0 auto; padding: 1rem; }
 h1 { font-size: 1.5rem; line-height: 1.25; margin: .5rem 0; }
 h2 { font-size: 1.15rem; margin: 2.2rem 0 .5rem; }
 p { margin: .4rem 0; }
-.fits { color: var(--good); } .does_not_fit { color: var(--bad); }
+.fits, .finished { color: var(--good); } .does_not_fit, .failed { color: var(--bad); }
 .quiet { color: var(--quiet); font-size: .9rem; }
 code { font: .9em ui-monospace, monospace; overflow-wrap: anywhere; }
 .scroll { overflow-x: auto; }
@@ -56,6 +56,16 @@ button { font: inherit; color: inherit; background: var(--field); border: 1px so
   bottom: 1rem; background: var(--text); color: var(--page); padding: .5rem .8rem; border-radius: .3rem;
   font-size: .9rem; text-align: left; }
 .dot.chosen { width: 17px; height: 17px; margin: 0 0 -9px -9px; }
+.curve { fill: none; vector-effect: non-scaling-stroke; stroke-linecap: round; stroke-linejoin: round; }
+.plot.low { height: 15rem; }
+.lanes { margin: .8rem 0; }
+.lane { display: grid; grid-template-columns: 11rem 1fr 9rem; gap: 0 .8rem; align-items: center; font-size: .9rem;
+  font-variant-numeric: tabular-nums; }
+.track { position: relative; height: 1.5rem; background: var(--field); margin: .15rem 0; overflow: hidden; }
+.track i { position: absolute; top: 15%; height: 70%; } .track .end { top: 0; height: 100%; }
+.track svg { position: absolute; inset: 0; width: 100%; height: 100%; overflow: visible; }
+.sample { background: var(--field); padding: .6rem .8rem; border-radius: .3rem; margin: .3rem 0 1rem;
+  font: .85rem/1.4 ui-monospace, monospace; }
 .bars { display: grid; grid-template-columns: 1fr 1fr; min-width: 9rem; height: 1.2em; }
 .bars i { display: block; height: .8em; margin-top: .3em; }
 .bars .less { background: #009e73; justify-self: end; } .bars .more { background: #d55e00; }
@@ -78,6 +88,7 @@ details { margin: .5rem 0; } summary { cursor: pointer; }
     border-bottom: 1px solid var(--line); padding: .3rem 0; } .prose td { border: 0; padding: 0; }
   .prose td:first-child, .prose td:last-child { flex: 1 0 100%; } .prose td:empty { display: none; }
   .prose td:last-child { color: var(--quiet); }
+  .lane { grid-template-columns: 1fr auto; } .lane .track { grid-row: 2; grid-column: 1 / 3; margin-bottom: .5rem; }
   .plot { height: 16rem; } .plot .limit { font-size: .72rem; } }
 @media print { :root { color-scheme: light; --page: #fff; --text: #000; --quiet: #444; --line: #bbb; --field: #f3f3f1;
   --good: #176b36; --bad: #b3261e; --base: #a9a9a9; }
