@@ -77,6 +77,7 @@ class RunConfig(ModelConfig):
     optimizer: Literal["adamw", "adamw16bit", "adamw8bit", "adafactor", "lion", "muon", "sgd"] = "adamw"
     optimizer_impl: Literal["fused", "foreach", "for-loop"] = "fused"
     optimizer_in_backward: bool = False
+    created_first: Literal["nothing", "states", "gradients", "both"] = "nothing"
     learning_rate: float = Field(6e-4, gt=0)
     min_lr: float = Field(default_factory=lambda data: data.get("learning_rate", 6e-4) / 10, ge=0)
     weight_decay: float = Field(0.1, ge=0)
@@ -191,6 +192,24 @@ class RunConfig(ModelConfig):
         if self.optimizer_in_backward and wrong:
             raise ValueError(f"optimizer_in_backward needs {', '.join(wrong)}".replace("compile=0", "compile=False"))
         return self
+
+    @model_validator(mode="after")
+    def _creates_what_it_can(self) -> Self:
+        """On several GPUs gradients are parts of buckets or of whole ones; adamw8bit's states are its package's own."""
+        if self.created_first != "nothing" and (self.n_gpus > 1 or self.optimizer == "adamw8bit"):
+            why = f"n_gpus {self.n_gpus}" if self.n_gpus > 1 else "optimizer=adamw8bit"
+            raise ValueError(f"created_first={self.created_first} does not go with {why}: expected nothing")
+        return self
+
+    @property
+    def creates_states_first(self) -> bool:
+        """Whether the optimizer's states are there before the first forward, not from the first step on."""
+        return self.created_first in ("states", "both")
+
+    @property
+    def creates_gradients_first(self) -> bool:
+        """Whether gradients take and give back their memory before the first forward."""
+        return self.created_first in ("gradients", "both")
 
     @property
     def shards(self) -> int:

@@ -303,6 +303,7 @@ NANOGPT_ONLY: dict[str, object] = {
     "attention": "flash",
     "param_dtype": "float32",
     "optimizer": "adamw",
+    "created_first": "nothing",
     "ema_decay": 0.0,
 }
 

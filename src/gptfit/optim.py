@@ -24,6 +24,18 @@ class Stepper(Protocol):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
 
 
+State = dict[str, Any]
+
+
+def _lion_state(parameter: Tensor) -> State:
+    return {"exp_avg": torch.zeros_like(parameter)}
+
+
+def _adamw16bit_state(parameter: Tensor) -> State:
+    moments = {name: torch.zeros_like(parameter, dtype=torch.bfloat16) for name in ("exp_avg", "exp_avg_sq")}
+    return {"step": torch.tensor(0.0), **moments}
+
+
 class Lion(torch.optim.Optimizer):
     """Lion (arXiv 2302.06675, algorithm 2): one momentum a parameter, steps of equal size in every coordinate.
 
@@ -42,7 +54,7 @@ class Lion(torch.optim.Optimizer):
                     continue
                 state = self.state[parameter]
                 if not state:
-                    state["exp_avg"] = torch.zeros_like(parameter)
+                    state.update(_lion_state(parameter))
                 parameter.mul_(1 - lr * group["weight_decay"])
                 # No variable holds the update: it would live on beside the next parameter's.
                 parameter.add_(state["exp_avg"].lerp(parameter.grad, 1 - beta1).sign_(), alpha=-lr)
@@ -77,9 +89,7 @@ class AdamW16bit(torch.optim.Optimizer):
         lr, (beta1, beta2) = group["lr"], group["betas"]
         state = self.state[parameter]
         if not state:
-            state["step"] = torch.tensor(0.0)
-            state["exp_avg"] = torch.zeros_like(parameter, dtype=torch.bfloat16)
-            state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=torch.bfloat16)
+            state.update(_adamw16bit_state(parameter))
         state["step"] += 1
         n_steps = state["step"].item()
         mean = state["exp_avg"].float().mul_(beta1).add_(grad, alpha=1 - beta1)
@@ -241,6 +251,46 @@ def _step_in_backward(model: nn.Module, optimizer: Stepper) -> None:
 
     for parameter in model.parameters():
         parameter.register_post_accumulate_grad_hook(step)
+
+
+def create_first(model: nn.Module, optimizer: Stepper, run: RunConfig) -> None:
+    """What `run` wants before the first forward, parameter by parameter in the model's order: optimizer states as a
+    first step would find them, and gradients, which go at once and leave their memory in the allocator's cache.
+
+    It decides how the allocator's segments are cut up, and no number of training. States that are there are kept.
+    """
+    if run.creates_states_first:
+        parts = getattr(optimizer, "parts", (optimizer,))
+        owners = {p: (part, group) for part in parts for group in part.param_groups for p in group["params"]}
+        for parameter in model.parameters():
+            part, group = owners[parameter]
+            if not part.state.get(parameter) and (state := first_state(part, group, parameter)):
+                part.state[parameter] = state
+    if run.creates_gradients_first:
+        for parameter in model.parameters():
+            parameter.grad = torch.empty_like(parameter)
+        for parameter in model.parameters():
+            parameter.grad = None
+
+
+def first_state(optimizer: object, group: dict[str, Any], parameter: Tensor) -> State:
+    """The state that the first step of `optimizer` makes for `parameter` (torch/optim/{adam,_adafactor,_muon,sgd}.py of
+    torch 2.13). SGD's momentum begins as the first gradient: 0 · momentum + gradient is the same."""
+    if isinstance(optimizer, Lion):
+        return _lion_state(parameter)
+    if isinstance(optimizer, AdamW16bit):
+        return _adamw16bit_state(parameter)
+    if isinstance(optimizer, torch.optim.AdamW):
+        step = torch.zeros((), device=parameter.device) if group["fused"] else torch.tensor(0.0)
+        return {"step": step, "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
+    if isinstance(optimizer, torch.optim.Adafactor):
+        if parameter.dim() < 2:
+            return {"step": torch.tensor(0.0), "variance": torch.zeros_like(parameter)}
+        rows, columns = parameter.shape
+        row_var, col_var = parameter.new_zeros(rows, 1), parameter.new_zeros(1, columns)
+        return {"step": torch.tensor(0.0), "row_var": row_var, "col_var": col_var}
+    has_momentum = isinstance(optimizer, torch.optim.Muon) or group["momentum"]
+    return {"momentum_buffer": torch.zeros_like(parameter)} if has_momentum else {}
 
 
 def learning_rate_at(step: int, run: RunConfig) -> float:

@@ -18,6 +18,7 @@ from gptfit.events import Note
 from gptfit.memory.step import pieces, steady_peak
 from gptfit.memory.whole_run import evaluation_bytes
 from gptfit.oom.diagnose import explain_text
+from gptfit.optim import create_first
 from gptfit.session import Session
 
 T = TypeVar("T")
@@ -110,6 +111,21 @@ def peak_bytes(run: RunConfig, micro_batch: int, evaluating: bool) -> int:
         return evaluation_bytes(pieces(own, "gptfit"))
     steps = -(-run.batch_size * run.micro_steps // micro_batch) * run.n_gpus
     return steady_peak(derive(run, batch_size=micro_batch, gradient_accumulation_steps=steps), "gptfit")[0]
+
+
+def create_surviving(session: Session) -> None:
+    """What the run wants before its first forward, as far as there is room: the rest comes when it is needed."""
+    try:
+        create_first(session.model, session.optimizer, session.run)
+        return
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = first_line(error)
+    session.optimizer.zero_grad()
+    release_cached(session.device)
+    what = f"created_first={session.run.created_first}"
+    session.emit(Note(f"out of memory with {what}; what is missing is created when it is needed ({reason})"))
 
 
 def step_surviving(session: Session) -> None:

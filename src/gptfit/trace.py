@@ -33,7 +33,7 @@ from gptfit.memory.tape import Buffer, Peak, Tape, rounded
 from gptfit.model import GPT
 from gptfit.nanogpt_reference import NanoGPT
 from gptfit.offload import Offload
-from gptfit.optim import build_optimizer
+from gptfit.optim import build_optimizer, create_first
 from gptfit.recorder import Recorder, tensors_in
 
 # From the third micro-step of a step on nothing new happens: gradients are there, and the same tensors come and go.
@@ -240,6 +240,8 @@ def training_job(
         note_steps(recorder, optimizer)
     scaler = FakeScaler("cpu", enabled=run.dtype == "float16")
     ema = averaging(run, recorder, model)
+    create_first(model, optimizer, run)
+    recorder.label_state(model, optimizer)
     inputs = batch()
     held = loss = None
 

@@ -30,7 +30,7 @@ from gptfit.profiling import Profile
 from gptfit.session import Correction, Good, Refit, Session
 from gptfit.setup import corrected, set_up
 from gptfit.signals import Asked, stop_on_signal
-from gptfit.survival import fitting, step_surviving
+from gptfit.survival import create_surviving, fitting, step_surviving
 from gptfit.watch import Watch
 
 
@@ -85,6 +85,7 @@ def _run(
     saved: Saved | None = None
     watch = Watch(run, session.data, session.model, out, emit, ranks.first, session.averaged)
     pressure, profiler = Pressure(), Profile(profile, out, session.device, emit)
+    create_surviving(session)
     with stop_on_signal() as asked:
         stopped, _ = _agreed(ranks, asked)
         while session.step < run.max_iters and not stopped:

@@ -102,7 +102,8 @@ def pieces(run: RunConfig, program: str, whole: bool = True, kernels: bool = Fal
             param.has_gradient = has_gradient
         w.flops = 0
         if run.optimizer_in_backward:
-            w.step_in_backward = partial(optimizers.items_in_backward, run=run, first=not has_kept)
+            makes_states = not has_kept and not run.creates_states_first
+            w.step_in_backward = partial(optimizers.items_in_backward, run=run, first=makes_states)
         kept, saved = micro_step(w, twin, has_kept)
         micro.append(w.items)
         flops = w.flops
@@ -184,16 +185,28 @@ def _steady_peak(run: RunConfig, program: str) -> tuple[int, int]:
     return steady_step(run, parts).peak().live_bytes, parts.flops_per_token
 
 
+def setup_items(run: RunConfig, p: Pieces) -> list[Item]:
+    """What is allocated before the first forward: parameters, what is to be created first (optim.create_first), and
+    the batch. Gradients go at once: the memory that they leave is in the allocator's cache."""
+    created: list[Item] = [*p.states] if run.creates_states_first else []
+    if run.creates_gradients_first:
+        for sign in (1, -1):
+            created += optimizers.gradient_items(p.parameters, run.n_layer, sign)
+    return [*p.parameter_items, *created, *p.batch]
+
+
 def first_steps(run: RunConfig, p: Pieces, n_steps: int = 3, n_micro: int = 3) -> Tape:
     """A run from its start, for the allocator: evaluation, the first step, which creates the optimizer's
-    state, and steady ones. From the third micro-step of a step on nothing new happens, so `n_micro` are enough."""
+    state where it is not there yet, and steady ones. From the third micro-step of a step on nothing new happens, so
+    `n_micro` are enough."""
     evaluation = p.evaluation if run.eval_interval else []
-    items: list[Item] = [Mark("setup", "parameters"), *p.parameter_items, *p.batch, *evaluation]
+    items: list[Item] = [Mark("setup", "parameters"), *setup_items(run, p), *evaluation]
+    makes_states = not (run.optimizer_in_backward or run.creates_states_first)
     micro_steps = min(run.micro_steps, n_micro)
     for step in range(n_steps):
         items += p.fresh_micro if step else p.first_micro
         if micro_steps > 1:
             items.append(Loop(micro_steps - 1, p.next_micro, numbered=False))
         items += [Mark("optimizer", "clip_grad_norm_"), *p.clip, Mark("optimizer", "step")]
-        items += [*(p.states if step == 0 and not run.optimizer_in_backward else []), *p.step, *p.zero_grad]
+        items += [*(p.states if step == 0 and makes_states else []), *p.step, *p.zero_grad]
     return Tape(items)
