@@ -33,7 +33,11 @@ def write_bins(folder: Path, train: list[int], val: list[int]) -> None:
     np.array(val, dtype=np.uint16).tofile(folder / "val.bin")
 
 
-@given(st.lists(st.text(min_size=1), min_size=1, max_size=4), st.floats(0.01, 0.9))
+# A zero byte is no text's, and a mark before it is dropped.
+TEXT = st.text(st.characters(exclude_characters="\0\ufeff", exclude_categories=["Cs"]), min_size=1)
+
+
+@given(st.lists(TEXT, min_size=1, max_size=4), st.floats(0.01, 0.9))
 @settings(max_examples=25, deadline=None)
 def test_prepared_text_comes_back_and_is_nanogpts_format(tmp_path_factory, texts, val_fraction):
     folder = tmp_path_factory.mktemp("data")

@@ -23,6 +23,7 @@ from gptfit.errors import GptfitError
 from gptfit.prepare import META, prepare
 from gptfit.shards import Shards, open_shards, shard_path, windows
 from gptfit.stdlib import default_folder
+from gptfit.unfinished import refuse_unfinished
 
 __all__ = ["TRAIN", "VAL", "Dataset", "Feed", "load_batch", "open_dataset", "prepare", "sequence_starts"]
 
@@ -139,6 +140,7 @@ def read_batch(tokens: Tokens, starts: np.ndarray, run: RunConfig, device: torch
 
 def _find(dataset: str) -> Path:
     for folder in (Path(dataset).expanduser(), Path("data") / dataset):
+        refuse_unfinished(folder)
         if (folder / "train.bin").is_file():
             return folder
     path = Path(dataset).expanduser()

@@ -1,43 +1,52 @@
-"""From text to token files, streaming and in parallel: no file is ever held whole."""
+"""From text to token files, streaming and in parallel: no file is ever held whole.
+
+What is made lies in DIR/.preparing until all of it is there. Every few seconds what was written is put on record
+(`unfinished`), so that the same command goes on from there after any end, with the same bytes as in one go.
+"""
 
 import hashlib
 import json
-import multiprocessing
-import os
-from collections import deque
+import shlex
+import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import ExitStack
-from dataclasses import dataclass
-from itertools import count, islice
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from gptfit.batches import batches, encoded
 from gptfit.errors import GptfitError, nearest
-from gptfit.replacing import replacing
+from gptfit.replacing import FULL, replacing, sync_folder
 from gptfit.shards import ShardWriter, shard_path
-from gptfit.sources import BLOCK_BYTES, Listed, Piece, Source, blocks, documents, list_files
-from gptfit.tokenizer import ByteTokenizer, Tokenizer, get_tokenizer
+from gptfit.sources import Listed, Piece, Place, Source, Unreadable, blocks, kind, list_files, pieces
+from gptfit.tokenizer import Tokenizer, get_tokenizer
+from gptfit.unfinished import ONCE, WORK, Progress, asked, begin, forget, locked, read, reads_once, save
 
 __all__ = ["META", "Prepared", "blocks", "prepare"]
 
 META = "meta.json"
 
-# Processes are started once this many batches were encoded without: a small text is done before they are up.
-BATCHES_ALONE = 16
-MAX_WORKERS = 32
+# At most so much work is lost to a kill. Each time the disk is waited for.
+SAVE_SECONDS = 5.0
 
 # From so many plain files on each is a document to split by; fewer are split by where they end.
 MANY_FILES = 100
 SPLITS = ("documents", "tail")
 
-Batch = list[tuple[Piece, bool]]  # and whether it is for validation
+# Told the tokens so far, and the share of the sources' bytes that was read for them.
+OnProgress = Callable[[int, float], None]
+# Told the tokens that it begins with, and a line about it.
+OnBegin = Callable[[int, str], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """What `prepare` wrote. `skipped` are files of a folder that are not text; `split` says what is for validation."""
+    """What `prepare` wrote. `skipped` are files of a folder that are not text, `n_empty` files without a byte,
+    `n_blank` lines and rows without text; `split` says what is for validation."""
 
     folder: Path
     tokenizer: str
@@ -49,6 +58,8 @@ class Prepared:
     n_documents: int = 0
     split: str = "tail"
     n_shards: int = 2
+    n_empty: int = 0
+    n_blank: int = 0
 
 
 def prepare(
@@ -56,59 +67,225 @@ def prepare(
     tokenizer: str,
     out_dir: Path,
     val_fraction: float = 0.05,
-    on_progress: Callable[[int], None] | None = None,
+    on_progress: OnProgress | None = None,
     *,
     field: str = "",
     split: str = "",
     shard_bytes: int = 0,
     workers: int | None = None,
+    restart: bool = False,
+    on_begin: OnBegin | None = None,
 ) -> Prepared:
     """Writes train.bin, val.bin and meta.json into `out_dir` from text files, JSON lines, parquet, folders, or stdin.
 
     Documents follow one another in the order given, with the tokenizer's end-of-text between them. `split` says
     what is for validation: `documents` those whose hash falls into `val_fraction`, the same ones however many
     others there are; `tail` the last `val_fraction` of all tokens; without a word documents where there are many.
-    A part above `shard_bytes` goes on in a further file. `on_progress` is told the tokens so far. `workers`
-    processes encode (None: one a core), with the same outcome. Raises GptfitError for a missing source, no text
-    at all, or a full disk; then nothing is replaced.
+    A part above `shard_bytes` goes on in a further file. `workers` processes encode (None: one a core), with the
+    same outcome. Cut short, the same call goes on, unless with `restart`; from stdin it begins anew.
+
+    Raises GptfitError for a missing source, what is no text, no text at all, and then nothing is replaced; for a
+    full disk; and for a preparation of something else that was cut short in `out_dir`.
     """
     if not 0.0 < val_fraction < 1.0:
         raise GptfitError(f"val_fraction={val_fraction} is not between 0 and 1", "0.05 keeps every 20th token")
     if split and split not in SPLITS:
         raise GptfitError(f'unknown split "{split}"{nearest(split, SPLITS, 1)}', "documents or tail")
-    coder, folder = get_tokenizer(tokenizer), Path(out_dir)
+    coder, folder, sources = get_tokenizer(tokenizer), Path(out_dir), list(sources)
     listed = list_files(sources, folder)
-    split = split or _usual_split(listed, field)
     make_folder(folder)
-    dtype = np.dtype("<u2" if coder.n_vocab < 65536 else "<u4")
-    pieces = _marked(documents(listed.files, field), val_fraction if split == "documents" else 0.0)
-    with ExitStack() as stack:
-        train, val = (ShardWriter(stack, folder, part, dtype, shard_bytes) for part in ("train", "val"))
-        n_documents = _write(_encoded(_batches(pieces), coder, workers), coder, train, val, on_progress)
-        _check(train, val, split)
-        if not val.n:  # of few documents none may have been drawn
-            split = "tail"
-            for ids in train.cut(max(1, int(train.n * val_fraction))):
-                val.write(ids)
-    meta = {
-        "schema": "gptfit.data/1",
+    options = {
         "tokenizer": coder.name,
-        "vocab_size": coder.n_vocab,
-        "dtype": "uint16" if dtype.itemsize == 2 else "uint32",
-        "n_train": train.n,
-        "n_val": val.n,
-        "n_documents": n_documents,
-        "split": split,
-        "train_shards": len(train.files),
-        "val_shards": len(val.files),
+        "val_fraction": val_fraction,
+        "split": split or _usual_split(listed, field),
+        "field": field,
+        "shard_bytes": shard_bytes,
+        "ranks": _ranks(coder),
     }
-    with replacing(folder / META) as file:
-        file.write((json.dumps(meta, indent=2) + "\n").encode())
-    _remove_old(folder, train, val)
-    n_files, n_shards = len(listed.files), len(train.files) + len(val.files)
-    return Prepared(
-        folder, coder.name, coder.n_vocab, train.n, val.n, n_files, listed.skipped, n_documents, split, n_shards
-    )
+    command = _command(sources, tokenizer, folder, val_fraction, field, split, shard_bytes)
+    with locked(folder):
+        question = asked(listed.files, options, command)
+        progress = begin(folder, question, restart)
+        job = _Job(folder, listed, coder, question, workers, on_progress)
+        if on_begin is not None and (progress.n or reads_once(question)):
+            on_begin(progress.n, _first_line(progress, len(listed.files)))
+        with job.unharmed():
+            progress = progress if progress.meta else job.make(progress)
+        return job.place(progress)
+
+
+def _first_line(progress: Progress, n_files: int) -> str:
+    if not progress.n:
+        return "stdin comes once: cut short, this begins anew; from a file it would go on"
+    return f"going on from {progress.n:,} tokens, file {min(progress.place.file + 1, n_files):,} of {n_files:,}"
+
+
+class _Job:
+    """One preparation, from what there is of it to the files in their places."""
+
+    def __init__(
+        self,
+        folder: Path,
+        listed: Listed,
+        coder: Tokenizer,
+        question: dict[str, Any],
+        workers: int | None,
+        on_progress: OnProgress | None,
+    ) -> None:
+        self.folder, self.listed, self.coder, self.workers = folder, listed, coder, workers
+        self.question, self.options, self.on_progress = question, question["options"], on_progress
+        self.dtype = np.dtype("<u2" if coder.n_vocab < 65536 else "<u4")
+        self.ends = np.cumsum([0, *(size for _, size, _ in question["sources"])]).tolist()
+        self.saved = time.monotonic()
+        self.once = reads_once(question)
+
+    def make(self, progress: Progress) -> Progress:
+        """All tokens, in DIR/.preparing."""
+        work, room = self.folder / WORK, self.options["shard_bytes"]
+        train = ShardWriter(work, "train", self.dtype, room, progress.n_train)
+        val = ShardWriter(work, "val", self.dtype, room, progress.n_val)
+        try:
+            progress = self.write(progress, train, val)
+            _check(train, val, self.options["split"], self.listed)
+            if not val.n:  # of few documents none may have been drawn
+                n_tail = max(1, int(train.n * self.options["val_fraction"]))
+                for ids in train.tail(n_tail):
+                    val.write(ids)
+                progress = replace(progress, n_train=train.n - n_tail, n_val=n_tail, cut=True)
+                self.save(progress, train, val)  # on record before it is taken away
+                train.shorten(progress.n_train)
+            meta = {
+                "schema": "gptfit.data/1",
+                "tokenizer": self.coder.name,
+                "vocab_size": self.coder.n_vocab,
+                "dtype": "uint16" if self.dtype.itemsize == 2 else "uint32",
+                "n_train": train.n,
+                "n_val": val.n,
+                "n_documents": progress.n_documents,
+                "split": "tail" if progress.cut else "documents",
+                "train_shards": len(train.paths()),
+                "val_shards": len(val.paths()),
+            }
+            progress = replace(progress, meta=meta)
+            self.save(progress, train, val)
+        finally:
+            train.close()
+            val.close()
+        return progress
+
+    def write(self, progress: Progress, train: ShardWriter, val: ShardWriter) -> Progress:
+        """Every document into its part, end-of-text between two of a part."""
+        fraction = self.options["val_fraction"] if self.options["split"] == "documents" else 0.0
+        rest = pieces(self.listed.files, self.options["field"], progress.place)
+        for batch, ids in encoded(batches(_marked(rest, fraction, progress.lot)), self.coder, self.workers):
+            for part, made in ((train, ids.train), (val, ids.val)):
+                part.write(made if part.n else made[ids.n_end :])  # no end of text before the first
+            progress = Progress(batch.after, batch.lot, train.n, val.n, progress.n_documents + ids.n_documents)
+            if self.on_progress is not None:
+                self.on_progress(progress.n, self.share(progress.place))
+            if not self.once and time.monotonic() - self.saved >= SAVE_SECONDS:
+                self.save(progress, train, val)
+        return progress
+
+    def share(self, place: Place) -> float:
+        """Of the sources' bytes; a packed or parquet file counts when it is through."""
+        before, total = self.ends[min(place.file, len(self.ends) - 1)], self.ends[-1]
+        path = self.listed.files[place.file] if place.file < len(self.listed.files) else None
+        plain = path is not None and kind(path, "") != "parquet" and not path.name.lower().endswith(".gz")
+        return (before + place.offset * plain) / total if total else 0.0
+
+    def save(self, progress: Progress, train: ShardWriter, val: ShardWriter) -> None:
+        train.sync()
+        val.sync()
+        save(self.folder, progress)
+        self.saved = time.monotonic()
+
+    def place(self, progress: Progress) -> Prepared:
+        """The files from DIR/.preparing into DIR, meta.json last."""
+        work, meta = self.folder / WORK, progress.meta
+        assert meta is not None
+        shards = {part: meta[f"{part}_shards"] for part in ("train", "val")}
+        for part, n in shards.items():
+            for index in range(n):
+                made = shard_path(work, part, index)
+                if made.exists():  # else it was put there in an earlier go
+                    made.replace(shard_path(self.folder, part, index))
+            for index in count(n):  # of what was there before
+                if not (old := shard_path(self.folder, part, index)).is_file():
+                    break
+                old.unlink()
+        with replacing(self.folder / META) as file:
+            file.write((json.dumps(meta, indent=2) + "\n").encode())
+        sync_folder(self.folder)
+        forget(self.folder)
+        return Prepared(
+            self.folder,
+            self.coder.name,
+            self.coder.n_vocab,
+            meta["n_train"],
+            meta["n_val"],
+            len(self.listed.files),
+            self.listed.skipped,
+            meta["n_documents"],
+            meta["split"],
+            sum(shards.values()),
+            sum(path != ONCE and not size for path, size, _ in self.question["sources"]),
+            progress.place.blank,
+        )
+
+    @contextmanager
+    def unharmed(self) -> Iterator[None]:
+        """What ends a preparation from without leaves it to be gone on with; what is wrong with the text, nothing."""
+        try:
+            yield
+        except (OSError, BrokenProcessPool, Unreadable, KeyboardInterrupt) as error:
+            self._explain(error)
+            raise
+        except GptfitError as error:
+            if isinstance(error.__cause__, OSError):  # a full disk that progress.json met
+                self._explain(error.__cause__)
+            forget(self.folder)
+            raise
+
+    def _explain(self, error: BaseException) -> None:
+        """Raises the line for it, with how to go on."""
+        _, kept = read(self.folder)
+        if not kept.n:
+            forget(self.folder)
+        left = f"the same command goes on from {kept.n:,} tokens" if kept.n else "nothing is left of it"
+        if isinstance(error, Unreadable):
+            raise GptfitError(error.message, f"mend that; {left}") from None
+        if isinstance(error, BrokenProcessPool):
+            message = "a process that encodes was ended from outside; the system may have run out of memory"
+            raise GptfitError(message, f"give --workers 1; {left}") from None
+        if isinstance(error, OSError):
+            full = error.errno in FULL
+            what = "no space left to write" if full else f"{(error.strerror or str(error)).lower()}: cannot write"
+            raise GptfitError(f'{what} "{self.folder}"', f"{'free some' if full else 'mend that'}; {left}") from None
+
+
+def _ranks(coder: Tokenizer) -> str:
+    """A digest of what a name alone does not tell: the contents of a rank file."""
+    path = Path(coder.name)
+    return "" if coder.name in ("byte", "gpt2") or not _is_file(path) else hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # char: and an alphabet is no path, and may be too long for one
+        return False
+
+
+def _command(
+    sources: list[Source], tokenizer: str, folder: Path, val_fraction: float, field: str, split: str, shard_bytes: int
+) -> str:
+    words = ["gptfit", "data", "prepare", *map(str, sources), "--out", str(folder)]
+    given = {"--tokenizer": tokenizer, "--field": field, "--split": split}
+    words += [word for option, value in given.items() if value and value != "byte" for word in (option, value)]
+    words += ["--val-fraction", str(val_fraction)] if val_fraction != 0.05 else []
+    words += ["--shard-size", f"{shard_bytes}B"] if shard_bytes else []
+    return shlex.join(words)
 
 
 def make_folder(folder: Path) -> None:
@@ -129,107 +306,17 @@ def _usual_split(listed: Listed, field: str) -> str:
     return "documents" if listed.has_documents(field) or len(listed.files) >= MANY_FILES else "tail"
 
 
-def _marked(pieces: Iterable[Piece], fraction: float) -> Iterator[tuple[Piece, bool]]:
-    lot = False
+def _marked(pieces: Iterable[Piece], fraction: float, lot: bool) -> Iterator[tuple[Piece, bool]]:
+    """With whether each is for validation; `lot` is that of the document that they begin in the middle of."""
     for piece in pieces:
         if piece.opens:
             lot = is_for_validation(piece.text, fraction)
         yield piece, lot
 
 
-def _batches(pieces: Iterable[tuple[Piece, bool]]) -> Iterator[Batch]:
-    """Pieces together until they are worth a message to another process."""
-    batch: Batch = []
-    size = 0
-    for item in pieces:
-        batch.append(item)
-        size += len(item[0].text)
-        if size >= BLOCK_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-Encoded = list[tuple[np.ndarray, bool, bool]]  # ids, whether a document begins, whether it is for validation
-
-
-def _encode(batch: Batch, coder: Tokenizer) -> Encoded:
-    return [(coder.encode(piece.text), piece.opens, lot) for piece, lot in batch]
-
-
-def _encoded(batches: Iterator[Batch], coder: Tokenizer, workers: int | None) -> Iterator[Encoded]:
-    """The batches encoded, in their order; by other processes once there is enough to do for them."""
-    alone = isinstance(coder, ByteTokenizer) and workers is None  # nothing to compute
-    n = min(workers if workers is not None else os.cpu_count() or 1, MAX_WORKERS)
-    if alone or n <= 1:
-        yield from (_encode(batch, coder) for batch in batches)
-        return
-    if workers is None:
-        yield from (_encode(batch, coder) for batch in islice(batches, BATCHES_ALONE))
-    first = next(batches, None)
-    if first is None:
-        return
-    # Not forked: the caller may have threads.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(n, context, _start_worker, (coder.name,)) as pool:
-        waiting: deque[Future[Encoded]] = deque([pool.submit(_work, first)])
-        try:
-            for batch in batches:
-                waiting.append(pool.submit(_work, batch))
-                if len(waiting) > 2 * n:  # what is read ahead is bounded
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-
-
-_coder: list[Tokenizer] = []
-
-
-def _start_worker(tokenizer: str) -> None:
-    _coder.append(get_tokenizer(tokenizer))
-
-
-def _work(batch: Batch) -> Encoded:
-    return _encode(batch, _coder[0])
-
-
-def _write(
-    encoded: Iterable[Encoded],
-    coder: Tokenizer,
-    train: ShardWriter,
-    val: ShardWriter,
-    on_progress: Callable[[int], None] | None,
-) -> int:
-    """Every document into its part, end-of-text between two of a part; returns how many there were."""
-    end = np.array([] if coder.end_of_text is None else [coder.end_of_text])
-    n_documents = 0
-    for batch in encoded:
-        for ids, opens, lot in batch:
-            part = val if lot else train
-            n_documents += opens
-            if opens and part.n:
-                part.write(end)
-            part.write(ids)
-        if on_progress is not None:
-            on_progress(train.n + val.n)
-    return n_documents
-
-
-def _check(train: ShardWriter, val: ShardWriter, split: str) -> None:
+def _check(train: ShardWriter, val: ShardWriter, split: str, listed: Listed) -> None:
     if train.n + val.n < 2:
-        raise GptfitError("there is no text in what was given", "give text files, folders of them, or - for stdin")
+        what = f'"{listed.files[0] or "stdin"}"' if len(listed.files) == 1 else "what was given"
+        raise GptfitError(f"there is no text in {what}", "give text files, folders of them, or - for stdin")
     if not train.n:
         raise GptfitError(f"split={split} leaves no document to train on: there are too few", "--split tail")
-
-
-def _remove_old(folder: Path, *parts: ShardWriter) -> None:
-    """Further files of what was there before. Nobody reads them: meta.json says how many there are."""
-    for part in parts:
-        for index in count(len(part.files)):
-            path = shard_path(folder, part.part, index)
-            if not path.is_file():
-                break
-            path.unlink()

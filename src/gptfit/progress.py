@@ -66,12 +66,13 @@ class Progress:
 
 
 class Counter:
-    """How many tokens a preparation has made: one line that changes on a terminal, one every half minute elsewhere."""
+    """How far a preparation is: one line that changes on a terminal, one every half minute elsewhere."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self.stream = stream or sys.stderr
         self.live = self.stream.isatty()
         self.began = self.told = time.monotonic()
+        self.first = (0, 0.0)
 
     def __enter__(self) -> "Counter":
         return self
@@ -80,12 +81,23 @@ class Counter:
         if self.live:
             self.stream.write("\r\x1b[K")
 
-    def __call__(self, n_tokens: int) -> None:
+    def begin(self, n_tokens: int, line: str) -> None:
+        """There are `n_tokens` already, which were not made now."""
+        self.first = (n_tokens, -1.0)
+        self.stream.write(f"{line}\n")
+
+    def __call__(self, n_tokens: int, share: float = 0.0) -> None:
+        """`share` of the text was read; 0 where that is not known."""
+        if self.first[1] < 0:
+            self.first = (self.first[0], share)
         now = time.monotonic()
         if now - self.told < (0.2 if self.live else 30.0):
             return
         self.told = now
-        line = f"{n_tokens:,} tokens, {n_tokens / (now - self.began):,.0f} a second"
+        seconds, (before, share_before) = now - self.began, self.first
+        line = f"{n_tokens:,} tokens, {(n_tokens - before) / seconds:,.0f} a second"
+        if share > share_before and share:
+            line += f", {share:.0%} of the text, {clock(seconds * (1 - share) / (share - share_before))} left"
         self.stream.write(f"\r{line}\x1b[K" if self.live else f"{line}\n")
         self.stream.flush()
 

@@ -4,13 +4,15 @@ The first is train.bin (val.bin), as nanoGPT has it; where a size was asked for,
 """
 
 import contextlib
+import os
 from collections.abc import Iterator, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from gptfit.replacing import replacing
+from gptfit.errors import GptfitError
 
 COPY_TOKENS = 1 << 20
 
@@ -19,50 +21,100 @@ def shard_path(folder: Path, part: str, index: int) -> Path:
     return folder / (f"{part}-{index:05d}.bin" if index else f"{part}.bin")
 
 
-class ShardWriter:
-    """Writes the files of one part. They take their places when `stack` is left without an error."""
+def sizes(n: int, room: int) -> list[int]:
+    """How many of `n` ids each file holds, where `room` fit into one (0: all); there is always a first."""
+    if not room:
+        return [n]
+    full, rest = divmod(n, room)
+    return [room] * full + ([rest] if rest or not full else [])
 
-    def __init__(self, stack: contextlib.ExitStack, folder: Path, part: str, dtype: np.dtype, shard_bytes: int) -> None:
-        self.stack, self.folder, self.part, self.dtype = stack, folder, part, dtype
+
+class ShardWriter:
+    """Writes the files of one part: `n` ids are there already, and what lies behind them is forgotten.
+
+    Which id is in which file depends on its number alone. Raises OSError, and GptfitError where files are shorter
+    than `n` says.
+    """
+
+    def __init__(self, folder: Path, part: str, dtype: np.dtype, shard_bytes: int, n: int = 0) -> None:
+        self.folder, self.part, self.dtype = folder, part, dtype
         self.room = max(1, shard_bytes // dtype.itemsize) if shard_bytes else 0
-        self.files: list[tuple[BinaryIO, int]] = []
+        self.file: BinaryIO | None = None
         self.n = 0
-        self._next()
+        self.shorten(n)
 
     def write(self, ids: np.ndarray) -> None:
-        while len(ids):
-            file, n = self.files[-1]
-            fits = min(len(ids), self.room - n) if self.room else len(ids)
-            if not fits:
-                self._next()
-                continue
-            file.write(ids[:fits].astype(self.dtype).tobytes())
-            self.files[-1] = file, n + fits
-            self.n += fits
-            ids = ids[fits:]
+        data = memoryview(ids.astype(self.dtype, copy=False).tobytes())
+        while data:
+            held = self.n % self.room if self.room else 0
+            if self.room and not held and self.n:
+                self._open(self.n // self.room, 0)
+            fits = min(len(data), (self.room - held) * self.dtype.itemsize) if self.room else len(data)
+            assert self.file is not None
+            self.file.write(data[:fits])
+            self.n += fits // self.dtype.itemsize
+            data = data[fits:]
 
-    def cut(self, n_tail: int) -> Iterator[np.ndarray]:
-        """Takes the last `n_tail` ids away again, and returns them in order, some at a time."""
-        start = self.n - n_tail
-        before = 0
-        for index, (file, n) in enumerate(self.files):
-            at = min(n, max(0, start - before))
-            before += n
-            if at == n:
-                continue
-            file.flush()
-            with Path(file.name).open("rb") as again:
-                again.seek(at * self.dtype.itemsize)
-                while piece := again.read(COPY_TOKENS * self.dtype.itemsize):
+    def tail(self, n: int) -> Iterator[np.ndarray]:
+        """The last `n` ids in order, some at a time."""
+        self.sync()
+        before, start = 0, self.n - n
+        for path, held in zip(self.paths(), sizes(self.n, self.room), strict=True):
+            skipped = min(held, max(0, start - before))
+            before += held
+            with path.open("rb") as file:
+                file.seek(skipped * self.dtype.itemsize)
+                while piece := file.read(COPY_TOKENS * self.dtype.itemsize):
                     yield np.frombuffer(piece, self.dtype)
-            file.truncate(at * self.dtype.itemsize)
-            file.seek(0, 2)
-            self.files[index] = file, at
-        self.n = start
 
-    def _next(self) -> None:
-        path = shard_path(self.folder, self.part, len(self.files))
-        self.files.append((self.stack.enter_context(replacing(path)), 0))
+    def shorten(self, n: int) -> None:
+        """Keeps the first `n` ids."""
+        self.close()
+        self.n = n
+        held = sizes(n, self.room)
+        for index, size in enumerate(held[:-1]):
+            self._check(index, size)
+        self._open(len(held) - 1, held[-1])
+        for index in count(len(held)):
+            path = shard_path(self.folder, self.part, index)
+            if not path.exists():
+                break
+            path.unlink()
+
+    def paths(self) -> list[Path]:
+        return [shard_path(self.folder, self.part, index) for index in range(len(sizes(self.n, self.room)))]
+
+    def sync(self) -> None:
+        """What was written is on the disk, also after a power cut."""
+        if self.file is not None:
+            self.file.flush()
+            os.fsync(self.file.fileno())
+
+    def close(self) -> None:
+        """Leaves the file open to no one; what a full disk did not take is lost, and was not counted on."""
+        file, self.file = self.file, None
+        if file is not None:
+            with contextlib.suppress(OSError):
+                file.close()
+
+    def _open(self, index: int, held: int) -> None:
+        self.sync()
+        self.close()
+        if held:
+            self._check(index, held, exactly=False)
+        path = shard_path(self.folder, self.part, index)
+        file = self.file = path.open("r+b" if held else "wb")
+        file.truncate(held * self.dtype.itemsize)
+        file.seek(0, os.SEEK_END)
+
+    def _check(self, index: int, n: int, exactly: bool = True) -> None:
+        path = shard_path(self.folder, self.part, index)
+        there, expected = path.stat().st_size if path.exists() else 0, n * self.dtype.itemsize
+        if there < expected or (exactly and there > expected):
+            raise GptfitError(
+                f'"{path}" holds {there:,} bytes, and {expected:,} were written: somebody changed it',
+                "begin anew with --restart",
+            )
 
 
 class Shards:

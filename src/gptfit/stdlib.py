@@ -11,6 +11,7 @@ from pathlib import Path
 
 from gptfit.errors import GptfitError
 from gptfit.prepare import META, prepare
+from gptfit.sources import is_text
 from gptfit.tokenizer import get_tokenizer
 
 # Not library code that reads as such: tests, generated tables, a second grammar, demos, installed packages.
@@ -41,7 +42,12 @@ def default_folder(tokenizer: str = "") -> Path:
         digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
     folder = cache_folder() / f"python-{digest.hexdigest()[:16]}"
     if not (folder / META).is_file():
-        prepare(files, tokenizer, folder, split="tail")
+        # Made aside: several processes may come to this at once.
+        with tempfile.TemporaryDirectory(dir=cache_folder()) as made:
+            prepare(files, tokenizer, Path(made), split="tail")
+            folder.mkdir(exist_ok=True)
+            for name in ("train.bin", "val.bin", META):
+                (Path(made) / name).replace(folder / name)
     return folder
 
 
@@ -53,7 +59,7 @@ def source_files(root: Path) -> list[Path]:
         folders[:] = [name for name in folders if name not in LEFT_OUT and not name.startswith("config-")]
         for name in names:
             path = Path(folder) / name
-            if name.endswith(".py") and os.access(path, os.R_OK):
+            if name.endswith(".py") and is_text(path):
                 found.append((hashlib.sha256(path.relative_to(root).as_posix().encode()).digest(), path))
     return [path for _, path in sorted(found)]
 

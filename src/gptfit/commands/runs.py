@@ -158,8 +158,12 @@ def data_prepare(
         int | None,
         typer.Option("--train-bpe", metavar="N", help="Learn a tokenizer of N ids from this text.", show_default=False),
     ] = None,
+    restart: Annotated[bool, typer.Option("--restart", help="Begin anew where one was cut short.")] = False,
 ) -> None:
-    """Token files from text, in nanoGPT's format."""
+    """Token files from text, in nanoGPT's format.
+
+    Cut short (a kill, a power cut, a full disk), it goes on when the same is typed again.
+    """
     from gptfit.prepare import prepare
     from gptfit.progress import Counter
     from gptfit.report.lists import prepared_view
@@ -170,10 +174,10 @@ def data_prepare(
     if train_bpe is not None:
         from gptfit.bpe import train_bpe as learn
 
-        tokenizer = learn(sources, train_bpe, out, field)
+        tokenizer = learn(sources, train_bpe, out, field, restart)
     with Counter() as counter:
-        how = {"field": field, "split": split, "shard_bytes": shard_bytes, "workers": workers}
-        prepared = prepare(sources, tokenizer, out, val_fraction, counter, **how)
+        how = {"field": field, "split": split, "shard_bytes": shard_bytes, "workers": workers, "restart": restart}
+        prepared = prepare(sources, tokenizer, out, val_fraction, counter, **how, on_begin=counter.begin)
     show(prepared_view(prepared))
 
 

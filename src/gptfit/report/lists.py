@@ -103,8 +103,14 @@ def prepared_view(answer: "Prepared") -> Iterator[RenderableType]:
     )
     how = "documents drawn by their hash" if answer.split == "documents" else "the last part of the text"
     yield Text(f"for validation: {how}", style=QUIET)
-    if answer.skipped:
-        yield Text(f"{len(answer.skipped)} files are not text and were passed over", style=QUIET)
+    passed = {
+        "files that are not UTF-8 text": len(answer.skipped),
+        "empty files": answer.n_empty,
+        "lines and rows without text": answer.n_blank,
+    }
+    if any(passed.values()):
+        found = ", ".join(f"{n:,} {what}" for what, n in passed.items() if n)
+        yield Text(f"passed over: {found}", style=QUIET)
     yield from commands((f"gptfit train tiny dataset={answer.folder} vocab_size={-(-answer.vocab_size // 64) * 64}",))
 
 
