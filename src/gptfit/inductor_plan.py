@@ -50,10 +50,47 @@ def plan_module(model: nn.Module, recorder: Recorder, method: str = "forward", b
                 functorch_config.patch(activation_memory_budget=budget),
             ):  # they are about compiling, or torch's own
                 ready[key] = planned(functional, recorder)
-                lower_now(ready[key], list(own.values()), inputs)
+                lower_now(ready[key], list(own.values()), tuple(torch.empty_like(tensor) for tensor in inputs))
         return ready[key](list(own.values()), *inputs)
 
     setattr(model, method, call)
+
+
+def plan_function(function: Callable[..., Any], recorder: Recorder) -> Callable[..., Any]:
+    """What torch.compile with dynamic=False would run for `function` of tensors and constants, without gradients,
+    kernels left out. Each combination of shapes and constants is lowered at its first call, unrecorded."""
+    ready: dict[tuple[object, ...], Callable[..., Any]] = {}
+
+    def call(*given: Any) -> Any:
+        tensors = [value for value in given if isinstance(value, Tensor)]
+        key = tuple((value.shape, value.dtype) if isinstance(value, Tensor) else value for value in given)
+        if key not in ready:
+            constants = [None if isinstance(value, Tensor) else value for value in given]
+            with recorder.paused(), warnings.catch_warnings(action="ignore"):
+                ready[key] = planned(with_constants(function, constants), recorder)
+                lowered_once(ready[key], [torch.empty_like(tensor) for tensor in tensors])
+        return ready[key](*tensors)
+
+    return call
+
+
+def with_constants(function: Callable[..., Any], constants: Sequence[Any]) -> Callable[..., Any]:
+    """`function` of tensors alone, which come where `constants` has None."""
+
+    def of_tensors(*tensors: Tensor) -> Any:
+        left = iter(tensors)
+        return function(*(next(left) if value is None else value for value in constants))
+
+    return of_tensors
+
+
+def lowered_once(function: Callable[..., Any], tensors: list[Tensor]) -> None:
+    """Runs `function`; what is lowered holds on to its first inputs, so that they are to be others than a step's."""
+    from torch._guards import detect_fake_mode
+    from torch._inductor.virtualized import V
+
+    with V.set_fake_mode(detect_fake_mode(tensors)):
+        function(*tensors)
 
 
 @contextmanager
@@ -124,6 +161,7 @@ def planned(function: Callable[..., Any], recorder: Recorder) -> Callable[..., A
         inference_compiler=compiler(inference=True),
         partition_fn=partition,
         decompositions=select_decomp_table(),
+        keep_inference_input_mutations=True,  # as compile_fx.py has it: what writes over its input, does so
     )
 
 

@@ -42,7 +42,7 @@ from torch.utils.checkpoint import checkpoint
 from gptfit.config import ModelConfig, RunConfig
 from gptfit.device import DTYPES
 from gptfit.layers import LayerNorm, Linear, Origin, RMSNorm, as_it_is, rms_norm, swiglu
-from gptfit.loss import chunked_cross_entropy, full_cross_entropy, soft_cap
+from gptfit.loss import Chunk, chunked_cross_entropy, eager_chunk, full_cross_entropy, fused_chunk, soft_cap
 from gptfit.offload import Offload
 
 INIT_STD = 0.02
@@ -188,6 +188,7 @@ class GPT(nn.Module):
         self.run = run
         dtype, param_dtype = DTYPES[run.dtype], DTYPES[run.param_dtype]
         self.compute_dtype = dtype
+        self.chunk: Chunk = eager_chunk
         self.transformer = nn.ModuleDict({"wte": nn.Embedding(run.vocab_size, run.n_embd, dtype=param_dtype)})
         if run.position == "learned":
             self.transformer["wpe"] = nn.Embedding(run.block_size, run.n_embd, dtype=param_dtype)
@@ -257,9 +258,8 @@ class GPT(nn.Module):
         with self.saving:
             x_NC, targets_N = self.hidden(idx_BT).flatten(0, 1), targets_BT.flatten()
             if run.loss == "chunked":
-                return chunked_cross_entropy(
-                    x_NC, self.lm_head.weight, targets_N, run.loss_chunk_size, self.compute_dtype, run.logit_softcap
-                )
+                weight, size, dtype = self.lm_head.weight, run.loss_chunk_size, self.compute_dtype
+                return chunked_cross_entropy(x_NC, weight, targets_N, size, dtype, run.logit_softcap, self.chunk)
             return full_cross_entropy(soft_cap(self.lm_head(x_NC), run.logit_softcap), targets_N)
 
     @torch.no_grad()
@@ -275,10 +275,12 @@ def set_memory_budget(run: RunConfig) -> None:
 
 
 def compile_model(model: GPT, **options: Any) -> None:
-    """Compiles `model` in place; `options` are torch.compile's. With the chunked loss everything but the loss:
-    its loop over chunks would be unrolled into the graph, and it is made of few large kernels already."""
+    """Compiles `model` in place; `options` are torch.compile's. With the chunked loss everything but its matmuls:
+    the loop over chunks would be unrolled into the graph. Its softmax is compiled for each shape of a chunk: the full
+    one and the rest, in training and in evaluation, which is half of what torch recompiles before it gives up."""
     set_memory_budget(model.run)
     if model.run.loss == "chunked":
         model.hidden = torch.compile(model.hidden, **options)
+        model.chunk = torch.compile(fused_chunk, **{**options, "dynamic": False})
     else:
         model.compile(**options)

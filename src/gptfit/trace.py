@@ -27,7 +27,8 @@ from gptfit.device import DTYPES
 from gptfit.ema import Ema
 from gptfit.errors import GptfitError
 from gptfit.estimate import under_program
-from gptfit.inductor_plan import plan_module
+from gptfit.inductor_plan import plan_function, plan_module
+from gptfit.loss import fused_chunk
 from gptfit.memory.autograd import OFFLOAD_MIN_BYTES
 from gptfit.memory.tape import Buffer, Peak, Tape, rounded
 from gptfit.model import GPT
@@ -362,6 +363,7 @@ def gptfit_job(run: RunConfig, recorder: Recorder) -> Job:
     if run.compile:
         method = "hidden" if run.loss == "chunked" else "forward"
         plan_module(model, recorder, method, run.activation_memory_budget)
+        model.chunk = plan_function(fused_chunk, recorder)
     return training_job(
         run,
         recorder,

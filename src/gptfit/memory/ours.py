@@ -164,6 +164,7 @@ def remaking_linear(program: Ours, x: Tensor, name: str, n_out: int, origin: Ori
     w.flops += 2 * math.prod(shape) * n_out * w.repeat
     copies = [ops.cast(w, Tensor(part.storage, part.shape, high), low) for part in (weight, bias) if part is not None]
     y = w.empty(name, "activation", (*shape[:-1], n_out), low)
+    w.multiplies()
     copies.clear()
     make, parts = origin.make, [(source.shape, source.dtype) for source in origin.sources]
 
@@ -173,6 +174,7 @@ def remaking_linear(program: Ours, x: Tensor, name: str, n_out: int, origin: Ori
     def backward(grad: Tensor, saved: Saved) -> list[Tensor | None]:
         copy = ops.cast(w, Tensor(saved[0], (n_out, shape[-1]), high), low)
         grad_x = w.empty(f"{name} input gradient", "temporary", shape, low)
+        w.multiplies()
         del copy
         enabled, w.grad_enabled = w.grad_enabled, False
         made = make(*(Tensor(one, *part) for one, part in zip(saved[1:], parts, strict=True)))
@@ -287,7 +289,31 @@ def chunked_cross_entropy(w: Writer, run: RunConfig, x: Tensor, weight: Tensor) 
 
 
 def one_chunk(w: Writer, run: RunConfig, rows: int, with_grad: bool) -> None:
-    """loss._chunk and the two products, line by line; an fp32 chunk is worked on in place."""
+    """A chunk's logits, their losses and gradient, and the two products."""
+    low = run.dtype
+    logits = w.empty("logits of a chunk", "logits", (rows, run.vocab_size), low)
+    losses = (fused_chunk if run.compile else eager_chunk)(w, run, rows, with_grad)
+    total = w.empty("chunk loss", "temporary", (), "float32")
+    del total
+    if with_grad:
+        if low != "float32":
+            product = w.empty("head gradient of a chunk", "temporary", (run.vocab_size, run.n_embd), low)
+            del product
+        part = w.empty("x gradient of a chunk", "temporary", (rows, run.n_embd), low)
+        del part
+    del losses, logits
+
+
+def fused_chunk(w: Writer, run: RunConfig, rows: int, with_grad: bool) -> Tensor:
+    """loss.fused_chunk as inductor plans it: three numbers a row, and of its logits nothing."""
+    kept = [w.empty(f"chunk {label}", "temporary", (rows, 1), "float32") for label in ("largest", "sums")]
+    if not with_grad:
+        return kept[1]  # its place is taken by the losses
+    return w.empty("chunk loss", "temporary", (rows, 1), "float32")
+
+
+def eager_chunk(w: Writer, run: RunConfig, rows: int, with_grad: bool) -> Tensor:
+    """loss.eager_chunk, line by line: the losses; an fp32 chunk is worked on in place."""
     low, cap = run.dtype, run.logit_softcap
 
     def column(label: str, dtype: str = "float32") -> Tensor:
@@ -296,7 +322,6 @@ def one_chunk(w: Writer, run: RunConfig, rows: int, with_grad: bool) -> None:
     def matrix(label: str) -> Tensor:
         return w.empty(f"logits of a chunk{label}", "logits", (rows, run.vocab_size), "float32")
 
-    logits = w.empty("logits of a chunk", "logits", (rows, run.vocab_size), low)
     targets = column("targets", "int64")
     tanh = capped = None
     if cap:
@@ -324,15 +349,7 @@ def one_chunk(w: Writer, run: RunConfig, rows: int, with_grad: bool) -> None:
         share = column("valid share")
         del share
     del targets, largest, target, z, sums, tanh, capped
-    total = w.empty("chunk loss", "temporary", (), "float32")
-    del total
-    if with_grad:
-        if low != "float32":
-            product = w.empty("head gradient of a chunk", "temporary", (run.vocab_size, run.n_embd), low)
-            del product
-        part = w.empty("x gradient of a chunk", "temporary", (rows, run.n_embd), low)
-        del part
-    del losses, logits
+    return losses
 
 
 def two_step(column: Callable[..., Tensor], label: str, low: str, high: bool) -> Tensor:
