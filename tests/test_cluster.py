@@ -30,20 +30,21 @@ def test_a_slurm_script_asks_for_as_many_gpus_as_it_starts_processes(n_gpus, nod
     assert max(len(line) for line in script.splitlines()) <= 80
 
 
-@pytest.mark.parametrize("saved", [False, True])
+@pytest.mark.parametrize("saved", ["", "checkpoint-00000005.pt", "checkpoint-00000005/plain.pt"])
 def test_the_script_runs_and_goes_on_where_there_is_a_checkpoint(tmp_path, saved):
     """By bash, with Slurm's commands replaced by an echo."""
     out = tmp_path / "my run"
     out.mkdir()
     if saved:
-        (out / "checkpoint-00000005.pt").touch()
+        (out / saved).parent.mkdir(exist_ok=True)
+        (out / saved).touch()
     fake = 'scontrol() { echo node7; }; srun() { printf "%s\\n" "$@"; }; SLURM_JOB_ID=11\n'
     done = subprocess.run(["bash", "-euc", fake + "SLURM_JOB_NODELIST=node[7-8]\n" + of("slurm", 16, str(out))],
                           capture_output=True, text=True)  # fmt: skip
     words = done.stdout.splitlines()
     assert words[0] == "torchrun" and "--rdzv_endpoint=node7:29500" in words and "--rdzv_id=11" in words
     assert words[words.index("--out") + 1] == str(out)
-    assert ("--resume" in words) == saved
+    assert ("--resume" in words) == bool(saved)
 
 
 def test_what_cannot_be_started_is_said():

@@ -25,7 +25,7 @@ from gptfit.distributed import Ranks
 from gptfit.errors import GptfitError
 from gptfit.optim import Stepper
 from gptfit.replacing import replacing
-from gptfit.sharded_checkpoint import PLAIN, UNREADABLE, Lazy, Shards, check_files, reason, write_folder
+from gptfit.sharded_checkpoint import PLAIN, Lazy, Shards, check_files, readable, write_folder
 
 FORMAT = 1
 NAME = re.compile(r"checkpoint-(\d+\.pt|\d{8,})")  # a folder checkpoint-500 is another program's
@@ -155,7 +155,7 @@ def load(path: Path, ranks: Ranks | None = None) -> Checkpoint:
     """
     ranks = ranks or Ranks()
     plain_path = path / PLAIN if path.is_dir() else path
-    try:
+    with readable(path):
         # torch.load does not compare checksums: a changed byte would come back as a weight.
         if ranks.first or path.is_dir():
             with zipfile.ZipFile(plain_path) as archive:
@@ -170,10 +170,6 @@ def load(path: Path, ranks: Ranks | None = None) -> Checkpoint:
             plain |= _of_shards(Shards(path, plain))
         values = {key: plain[key] for key in Checkpoint.__dataclass_fields__ if key in plain}
         return Checkpoint(**{**values, "run": make_run(values["run"])})
-    except UNREADABLE as error:
-        raise GptfitError(
-            f'cannot read the checkpoint "{path}": {reason(error)}', "use an older one, or start anew"
-        ) from None
 
 
 def _of_shards(shards: Shards) -> dict[str, Any]:

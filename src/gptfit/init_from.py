@@ -23,6 +23,7 @@ from gptfit.huggingface_weights import from_huggingface
 from gptfit.layers import NORM_EPS
 from gptfit.model import GPT
 from gptfit.nanogpt_file import PRETRAINED
+from gptfit.sharded_checkpoint import PLAIN
 
 HINT = "init_from takes a Hugging Face folder, nanoGPT's ckpt.pt, a checkpoint, the folder of a run, or gpt2"
 
@@ -70,6 +71,9 @@ def _find(init_from: str) -> Source:
         return _read_huggingface(_cached(init_from), init_from)
     if (path / "config.json").is_file():
         return _read_huggingface(path, str(path))
+    if (path / PLAIN).is_file():
+        checkpoint = load(path)
+        return Source(str(path), checkpoint.run, dict(checkpoint.weights))
     if path.is_dir():
         if (found := latest_valid(path)) is not None:
             return Source(str(found.path), found.checkpoint.run, dict(found.checkpoint.weights))

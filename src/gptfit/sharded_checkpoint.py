@@ -200,25 +200,32 @@ class Shards:
         self.metadata = _read_metadata(folder, plain["files"])
         self.tensors = self.metadata.state_dict_metadata
 
+    # Each of these raises GptfitError for what cannot be read.
+
     def restore(self, model: nn.Module, optimizer: Stepper) -> None:
         """Puts weights and states into `model` and `optimizer`, sharded or not as they are."""
         parameters = dict(model.named_parameters())
         self.read_weights("model", parameters)
-        load_state(optimizer, self._states(lambda name: parameters[name]))
+        with readable(self.folder):
+            load_state(optimizer, self._states(lambda name: parameters[name]))
 
     def read_weights(self, part: str, parameters: Mapping[str, Tensor]) -> None:
-        self._read({f"{part}.{name}": parameter.detach() for name, parameter in parameters.items()})
+        """Puts those of "model" or "ema" into tensors that are sharded or not."""
+        with readable(self.folder):
+            self._read({f"{part}.{name}": parameter.detach() for name, parameter in parameters.items()})
 
     def weights(self, part: str) -> dict[str, Tensor]:
         """Those of "model" or "ema", whole, on the CPU."""
         prefix = f"{part}."
-        tensors = self._read({key: self._empty(key) for key in self.tensors if key.startswith(prefix)})
-        whole = {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
-        return {**whole, **{name: whole[other] for name, other in self.tied.items()}}
+        with readable(self.folder):
+            tensors = self._read({key: self._empty(key) for key in self.tensors if key.startswith(prefix)})
+            whole = {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
+            return {**whole, **{name: whole[other] for name, other in self.tied.items()}}
 
     def states(self) -> dict[str, Any]:
         """The optimizer's state_dict, whole, on the CPU."""
-        return self._states(lambda name: None)
+        with readable(self.folder):
+            return self._states(lambda name: None)
 
     def has(self, part: str) -> bool:
         return any(key.startswith(f"{part}.") for key in self.tensors)
@@ -251,15 +258,10 @@ class Shards:
 
     def _read(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Fills `tensors` with what is stored under their names."""
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", UserWarning)  # it is meant to be without words between ranks
-                planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-                load(tensors, storage_reader=_Reader(self.folder, self.metadata), planner=planner, no_dist=True)
-        except UNREADABLE as error:
-            raise GptfitError(
-                f'cannot read the checkpoint "{self.folder}": {reason(error)}', "use an older one, or start anew"
-            ) from None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # it is meant to be without words between ranks
+            planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+            load(tensors, storage_reader=_Reader(self.folder, self.metadata), planner=planner, no_dist=True)
         return tensors
 
 
@@ -317,7 +319,6 @@ def _read_metadata(folder: Path, files: Mapping[str, Any]) -> described.Metadata
         raise ValueError(f"its {METADATA} names what is no tensor")
     if any(place.relative_path not in files for place in found.storage_data.values()):
         raise ValueError(f"its {METADATA} names a file that it does not have")
-    found.storage_meta = described.StorageMeta()
     return found
 
 
@@ -347,8 +348,13 @@ class _Unpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"its {METADATA} names {module_name}.{global_name}"[:150])
 
 
-def reason(error: BaseException) -> str:
-    """Its first line."""
-    if isinstance(error, CheckpointException):
-        error = next((cause for cause, _ in error.failures.values()), error)
-    return str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Says in a line what keeps the checkpoint at `path` from being read."""
+    try:
+        yield
+    except UNREADABLE as error:
+        if isinstance(error, CheckpointException):
+            error = next((cause for cause, _ in error.failures.values()), error)
+        why = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise GptfitError(f'cannot read the checkpoint "{path}": {why}', "use an older one, or start anew") from None
