@@ -13,6 +13,7 @@ from gptfit.errors import GptfitError
 from gptfit.memory.autograd import Tensor, Writer
 from gptfit.memory.compiled import CompiledNanoGPT, CompiledOurs
 from gptfit.memory.compiled_backward import Compiled
+from gptfit.memory.compiled_evaluation import EvaluatedNanoGPT, EvaluatedOurs
 from gptfit.memory.compiled_forward import CompiledForward, Stretch, base_name
 
 PROJECTIONS = ("attn.c_proj", "mlp.c_proj")
@@ -254,7 +255,7 @@ class LeanOurs(Lean, CompiledOurs):
     pass
 
 
-USUAL: dict[str, type[Compiled]] = {"nanogpt": CompiledNanoGPT, "gptfit": CompiledOurs}
+USUAL: dict[str, type[Compiled]] = {"nanogpt": EvaluatedNanoGPT, "gptfit": EvaluatedOurs}
 LEAN: dict[str, type[Compiled]] = {"nanogpt": LeanNanoGPT, "gptfit": LeanOurs}
 
 
