@@ -125,8 +125,9 @@ class Parameter:
 class Writer:
     """Writes the tape of a program: allocations through `empty`, frees through reference counts."""
 
-    def __init__(self, n_layer: int) -> None:
+    def __init__(self, n_layer: int, kernels: bool = False) -> None:
         self.n_layer = n_layer
+        self.kernels = kernels  # whether scratch that kernels take from the allocator is written too
         self.items: list[Item] = []
         self.phase = ""
         self.parameters: dict[str, Parameter] = {}
@@ -135,7 +136,6 @@ class Writer:
         self.flops = 0
         self.shift = 0  # position within a loop body of several blocks
         self.rounds: Loop | None = None  # the loop over blocks that is being written, its body left out
-        self.kernels = False  # whether scratch that kernels take from the allocator is written too
         self.grad_enabled = True
         self.training = True
         self.step_in_backward: Callable[[Parameter], list[Item]] | None = None  # the optimizer's, of one parameter
@@ -253,7 +253,6 @@ class Writer:
 
         `grads` holds the gradients that have arrived, and afterwards those for nodes not in `nodes`.
         """
-        outer, self.thread = self.thread, THREADS[1]
         while nodes:
             node = nodes.pop()
             if node not in grads or node.backward is None:
@@ -274,7 +273,6 @@ class Writer:
                     results.pop()
             del results
         self.shift = 0
-        self.thread = outer
 
     def deliver(self, target: Node, result: Tensor, grads: dict[Node, Tensor]) -> None:
         """Adds `result` to what has arrived for `target`: in place where the engine holds the only reference

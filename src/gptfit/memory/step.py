@@ -6,7 +6,7 @@ from functools import lru_cache, partial
 
 from gptfit.config import RunConfig, derive
 from gptfit.memory import ops, optimizers, sharding
-from gptfit.memory.autograd import Parameter, Writer
+from gptfit.memory.autograd import THREADS, Parameter, Writer
 from gptfit.memory.compiled_budget import compiled_twin
 from gptfit.memory.nanogpt import NanoGPT
 from gptfit.memory.ours import Ours
@@ -52,7 +52,9 @@ def micro_step(w: Writer, program: Program, kept: bool) -> tuple[list[Item], int
     saved_bytes = program.saved_bytes()
     loss = ops.scale(w, loss, LOSS.name)
     x, y = (w.empty(*buffer[:4]) for buffer in batch_buffers(run))
+    w.thread = THREADS[1]
     program.backward(loss)  # GradScaler's scale, its tracker and the scaled loss are left out: three scalars, 1.5 KiB
+    w.thread = THREADS[0]
     for tensor in (*returned, loss, x, y):
         tensor.storage.forget()
     return [Event(1, tensor.storage.buffer) for tensor in (*returned, loss)], saved_bytes
@@ -85,8 +87,7 @@ def twin_of(program: str, w: Writer, run: RunConfig) -> Program:
 def pieces(run: RunConfig, program: str, whole: bool = True, kernels: bool = False) -> Pieces:
     """The pieces of `run` under `program`: for a steady step alone, or for a `whole` run with its first step and
     evaluation. With `kernels` also the scratch that kernels take from the allocator."""
-    w = Writer(run.n_layer)
-    w.kernels = kernels
+    w = Writer(run.n_layer, kernels)
     twin = twin_of(program, w, run)
     micro: list[list[Item]] = []
     kept: list[Item] = []
@@ -126,7 +127,7 @@ def pieces(run: RunConfig, program: str, whole: bool = True, kernels: bool = Fal
             *(Event(1, table) for table in twin.buffers()),
         ],
         kept=kept,
-        evaluation=evaluation(Writer(run.n_layer), program, run) if whole else [],
+        evaluation=evaluation(Writer(run.n_layer, kernels), program, run) if whole else [],
         flops_per_token=3 * flops // (run.batch_size * run.block_size),
         saved_bytes=saved,
         n_params=sum(math.prod(p.shape) * p.count for p in params),
