@@ -65,14 +65,23 @@ class Block:
 
     __slots__ = ("address", "expandable", "next", "pool", "prev", "requested", "size", "stamp", "state")
 
-    def __init__(self, pool: Pool, address: int, size: int, state: int, expandable: bool = False) -> None:
+    def __init__(
+        self,
+        pool: Pool,
+        address: int,
+        size: int,
+        state: int,
+        expandable: bool = False,
+        before: "Block | None" = None,
+        after: "Block | None" = None,
+    ) -> None:
         self.pool = pool
         self.address = address
         self.size = size
         self.state = state
         self.expandable = expandable
-        self.prev: Block | None = None
-        self.next: Block | None = None
+        self.prev = before
+        self.next = after
         self.requested = self.stamp = 0
 
 
@@ -123,7 +132,9 @@ class CachingAllocator:
         self.rounds = any(options.roundup_power2_divisions)
         self.max_split = options.max_split_bytes or NO_LIMIT
         self.collects = options.garbage_collection_threshold > 0 and self.limit_bytes is not None
+        # What malloc does itself, as it mostly is one of these: segments as they come, or expandable ones.
         self.plain = not (self.expandable or options.max_split_bytes or self.collects)
+        self.grows = self.expandable and not (options.max_split_bytes or self.collects)
 
     def malloc(self, n_bytes: int, stream: int = 0) -> Block:
         """A block of at least `n_bytes` for `stream`. Raises OutOfMemory, once all that is free was given back."""
@@ -134,11 +145,18 @@ class CachingAllocator:
         if self.plain:
             index = bisect_left(free, (need,))
             block = free.pop(index)[2] if index < len(free) else self._obtain(pool, need)
+        elif self.grows:
+            index = bisect_left(free, (need,))
+            block = free[index][2] if index < len(free) else None
+            if block is not None and (block.next is None or block.next.state != UNMAPPED):
+                del free[index]  # no larger one could be better, as this one cannot grow
+            else:
+                block = (block and self._take(pool, need)) or self._obtain(pool, need)
         else:
             block = self._take(pool, need) or self._obtain(pool, need)
         rest = block.size - need
         if rest >= MIN_BLOCK and (small or self.expandable or (rest > MiB and need < self.max_split)):
-            self._split(block, need, free)
+            self._split(block, need, rest, free)
         block.state = ALLOCATED
         block.requested = n_bytes
         self.requested_bytes += n_bytes
@@ -266,16 +284,16 @@ class CachingAllocator:
             return None
         return free.pop(index)[2]
 
-    def _split(self, block: Block, need: int, free: list[tuple[int, int, Block]]) -> None:
-        rest = Block(block.pool, block.address + need, block.size - need, FREE, block.expandable)
-        rest.prev, rest.next = block, block.next
-        if block.next is not None:
-            block.next.prev = rest
+    def _split(self, block: Block, need: int, rest_bytes: int, free: list[tuple[int, int, Block]]) -> None:
+        after, address = block.next, block.address + need
+        rest = Block(block.pool, address, rest_bytes, FREE, block.expandable, block, after)
+        if after is not None:
+            after.prev = rest
         block.next = rest
         block.size = need
         if self.collects:
             rest.stamp = self.searches[block.pool.small]
-        insort(free, (rest.size, rest.address, rest))
+        insort(free, (rest_bytes, address, rest))
 
     def _obtain(self, pool: Pool, need: int) -> Block:
         """A block of new memory. On failure: what is oversize is given back, then all that is free, then an error."""

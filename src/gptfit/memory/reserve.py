@@ -1,15 +1,14 @@
 """From a tape to what the caching allocator holds: a short run, replayed event for event."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import islice
 
 from gptfit.config import RunConfig
-from gptfit.memory.allocator import AllocatorOptions, Block, CachingAllocator
+from gptfit.memory.allocator import AllocatorOptions, CachingAllocator
 from gptfit.memory.autograd import THREADS, workspace_of
 from gptfit.memory.overhead import CUBLAS_HANDLES
+from gptfit.memory.player import Player
 from gptfit.memory.step import Pieces, first_steps
-from gptfit.memory.tape import Buffer, Event, Item, Loop, Mark, Tape
+from gptfit.memory.tape import Event, Item, Loop, Mark, Tape
 from gptfit.memory.whole_run import N_STEPS, short_run
 
 
@@ -36,45 +35,33 @@ def replay_run(
     Raises OutOfMemory where `capacity_bytes` are not enough, whatever is given back.
     """
     expandable = run.expandable_segments if expandable_segments is None else expandable_segments
-    tape = with_workspaces(short_run(run, parts), workspace_bytes)
-    evaluations = count(parts.evaluation) if run.eval_interval else 0
-    before = count(first_steps(run, parts, N_STEPS - 1).items)
-    return replay_tape(tape, expandable, before, evaluations, capacity_bytes)
+    items = with_workspaces(short_run(run, parts), workspace_bytes).items
+    begins = len(with_workspaces(first_steps(run, parts, N_STEPS - 1), workspace_bytes).items)
+    ends = len(items) - (len(parts.evaluation) if run.eval_interval else 0)
+    return replay_items(items[:begins], items[begins:ends], items[ends:], expandable, capacity_bytes)
 
 
-def replay_tape(
-    tape: Tape, expandable_segments: bool, before: int = 0, after: int = 0, capacity_bytes: int | None = None
+def replay_tape(tape: Tape, expandable_segments: bool) -> Reserved:
+    """A whole tape through an empty allocator."""
+    return replay_items([], tape.items, [], expandable_segments)
+
+
+def replay_items(
+    before: list[Item],
+    items: list[Item],
+    after: list[Item],
+    expandable_segments: bool,
+    capacity_bytes: int | None = None,
 ) -> Reserved:
-    """A tape through an empty allocator; `before` and `after` events at its ends are no part of the steps."""
+    """Items through an empty allocator; `allocated_bytes` is the peak between `before` and `after`."""
     allocator = CachingAllocator(capacity_bytes, AllocatorOptions(expandable_segments=expandable_segments))
-    blocks: list[Block | None] = []
-    malloc, free = allocator.malloc, allocator.free
-
-    def replay(events: Iterable[tuple[int, int, Buffer]]) -> None:
-        for sign, serial, buffer in events:
-            if sign > 0:
-                blocks.append(malloc(buffer.n_bytes) if buffer.n_bytes else None)  # serials count up from 0
-            elif (block := blocks[serial]) is not None:
-                free(block)
-
-    events = iter(tape.expand())
-    replay(islice(events, before))
+    player = Player(allocator)
+    player.play(before)
     allocator.peak_allocated_bytes = allocator.allocated_bytes
-    replay(islice(events, count(tape.items) - before - after))
+    player.play(items)
     allocated_bytes = allocator.peak_allocated_bytes
-    replay(events)
+    player.play(after)
     return Reserved(allocated_bytes, allocator.peak_reserved_bytes, allocator.num_alloc_retries)
-
-
-def count(items: Iterable[Item]) -> int:
-    """Events when expanded."""
-    total = 0
-    for item in items:
-        if isinstance(item, Loop):
-            total += item.n * count(item.body)
-        elif isinstance(item, Event):
-            total += 1
-    return total
 
 
 def with_workspaces(tape: Tape, workspace_bytes: int) -> Tape:
