@@ -10,6 +10,7 @@ from gptfit.asked import Asked
 from gptfit.autofit import AutoFit
 from gptfit.card import Card, detected_card
 from gptfit.config import RunConfig
+from gptfit.created import as_resumed
 from gptfit.device import adapt, pick_device
 from gptfit.door import ConfigSource, read_config
 from gptfit.driver import DriverGpu, detect
@@ -101,7 +102,8 @@ def prepare_launch(
     run, notes = adapt(source.run, device)
     if auto_fit and resume_from is None:
         return plan_launch(replace(source, run=run), card, gpu)
-    estimated = estimate(run, "gptfit", card.profile, card.reserve_bytes)
+    begun = as_resumed(run) if resume_from is not None else run
+    estimated = estimate(begun, "gptfit", card.profile, card.reserve_bytes)
     launch = Launch(run, estimated, notes=(*source.notes, *card.notes, *notes))
     if launch.refused:
         launch = replace(launch, levers=tuple(effects(estimated, run, "gptfit", card.profile, card.reserve_bytes)))

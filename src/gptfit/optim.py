@@ -260,7 +260,7 @@ def create_first(model: nn.Module, optimizer: Stepper, run: RunConfig) -> None:
     It decides how the allocator's segments are cut up, and no number of training. States that are there are kept.
     """
     if run.creates_states_first:
-        parts = getattr(optimizer, "parts", (optimizer,))
+        parts: Any = getattr(optimizer, "parts", (optimizer,))
         owners = {p: (part, group) for part in parts for group in part.param_groups for p in group["params"]}
         for parameter in model.parameters():
             part, group = owners[parameter]

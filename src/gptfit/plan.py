@@ -13,6 +13,7 @@ from typing import Any
 
 from gptfit.combination import Combination
 from gptfit.config import RunConfig, check_key
+from gptfit.created import created_least, is_fragmented, saved_bytes
 from gptfit.door import ConfigSource
 from gptfit.errors import GptfitError, nearest
 from gptfit.estimate import Budget, Estimate, Speed, estimate, speed_json, under_program
@@ -20,6 +21,7 @@ from gptfit.gpus import GpuProfile
 from gptfit.levers import LEVERS, LeverEffect, effects
 from gptfit.memory.overhead import CUBLAS_HANDLES, cublas_workspace_bytes
 from gptfit.speed import Pace
+from gptfit.units import format_bytes
 
 # What the search may choose freely: the numbers of training stay the same to rounding.
 FREE: dict[str, tuple[object, ...]] = {
@@ -178,6 +180,7 @@ def choices(
     for key in keep:
         check_key(key, "--keep: ")
     kept = (source.user_keys | set(keep)) - {"batch_size", "gradient_accumulation_steps"}
+    search.keeps_created = "created_first" in kept
     if "batch_size" in keep:
         search.micro_batch = source.run.batch_size
     elif "gradient_accumulation_steps" in keep:
@@ -193,6 +196,9 @@ def choices(
         notes.append(
             f"tokens per step: {found[0].run.tokens_per_step:,} instead of {search.tokens:,}, the nearest to it"
         )
+    if found and (created := found[0].run.created_first) not in ("nothing", source.run.created_first):
+        saved = saved_bytes(found[0].run, search.profile.compute_capability)
+        notes.append(f"created_first={created}: the allocator holds {format_bytes(saved)} less than in torch's order")
     return found, notes
 
 
@@ -269,6 +275,7 @@ class Search:
         self.usable_bytes = budget.usable_bytes
         self.reserve_bytes = budget.reserve_bytes
         self.risk = risk
+        self.keeps_created = False  # whether created_first is to stay as it is
         self.micro_batch: int | None = None  # the only one to try, where it is to be kept
         self.n_searched = 0
 
@@ -332,7 +339,11 @@ class Search:
                 continue
             run = combination.run(micro_batch)
             full = estimate(run, "gptfit", self.profile, self.reserve_bytes, self.risk, squeeze=False)
-            candidate = Candidate({**combination.keys, **combination.split(micro_batch)}, run, full)
+            run, full = self.fragmented_least(run, full, is_best=not sure)
+            choice = {**combination.keys, **combination.split(micro_batch)}
+            if run.created_first != self.base.created_first:
+                choice["created_first"] = run.created_first
+            candidate = Candidate(choice, run, full)
             missing = full.interval.high_bytes - self.usable_bytes
             if missing <= 0:
                 sure.append(candidate)
@@ -344,6 +355,18 @@ class Search:
             per_sequence = max(1, full.saved_for_backward_bytes // micro_batch)
             limits[combination] = micro_batch - max(1, missing // per_sequence)
         return sure or unsure
+
+    def fragmented_least(self, run: RunConfig, full: Estimate, is_best: bool) -> tuple[RunConfig, Estimate]:
+        """The run that creates states and gradients when it fragments least, where that is of use: it is the best one,
+        or would fit with what is reserved and not handed out."""
+        missing = full.interval.high_bytes - self.usable_bytes
+        rescued = 0 < missing <= full.reserved_bytes - full.allocated_bytes
+        if self.keeps_created or not is_fragmented(full) or not (rescued or (is_best and missing <= 0)):
+            return run, full
+        best = created_least(run, cublas_workspace_bytes(self.profile.compute_capability))
+        if best == run:
+            return run, full
+        return best, estimate(best, "gptfit", self.profile, self.reserve_bytes, self.risk, squeeze=False)
 
 
 def worth_trying(first: int, last: int, sequences: int) -> Iterable[int]:

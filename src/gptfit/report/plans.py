@@ -95,7 +95,7 @@ def candidates_view(plan: Plan) -> Iterator[RenderableType]:
     columns = ("reserved", "tokens a step", "tokens/s")
     rows = [
         (
-            *(f"{candidate.choice.get(key)}" for key in keys),
+            *(f"{candidate.choice.get(key, getattr(candidate.run, key))}" for key in keys),
             format_bytes(candidate.estimate.reserved_bytes),
             f"{candidate.estimate.tokens_per_step:,}",
             f"{candidate.estimate.speed.tokens_per_second:,.0f}" if candidate.estimate.speed else "",
