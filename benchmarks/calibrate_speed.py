@@ -1,28 +1,25 @@
-"""Fits speed.py's constants to the calibration rows of measured/throughput.jsonl, and says how far off they are.
+"""Fits speed.py's constants and factors of cards to the calibration rows of measured/throughput.jsonl, and says how far
+off they are.
 
     python benchmarks/calibrate_speed.py
 
-Each row predicted beside measured, with all rows fitted and with its card left out of the fit; then the constants to
-copy into speed.py. Every card weighs the same, however many rows it has.
+Each row predicted beside measured: by the general form with all rows fitted, with its card left out of the fit, and
+with the card's factor (that of its other rows, where a row is fitted). Then the constants and factors to copy into
+speed.py and card_factors.py. Every card weighs the same, however many rows it has.
 """
 
-import json
 import math
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
-from pathlib import Path
+from dataclasses import fields, replace
 from statistics import fmean, median, quantiles
 
-from gptfit import speed
-from gptfit.config import RunConfig, make_run
-from gptfit.estimate import under_program
-from gptfit.gpus import GpuProfile, load_gpu
-from gptfit.memory.step import pieces
-from gptfit.speed import CONSTANTS, Constants, step_time
+from gptfit.card_factors import card_factor
+from gptfit.gpus import all_gpus
+from gptfit.speed import CONSTANTS, Constants
+from gptfit.throughput import Row, card_factors, one_row_left_out, read_rows
 
-ROWS = Path(speed.__file__).parent / "measured" / "throughput.jsonl"
 # What a constant may be, by its meaning.
 LIMITS = {
     "matmul_efficiency": (0.5, 1.0),
@@ -37,57 +34,6 @@ START = Constants(
     sm_seconds_per_flop=0.05e-12,
     bandwidth_share=0.8,
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """A measured run as RunConfig and card, in tokens per second of all its cards."""
-
-    id: str
-    role: str
-    program: str
-    run: RunConfig
-    profile: GpuProfile
-    flops_per_token: int
-    measured: float
-
-    def predicted(self, constants: Constants) -> float:
-        time = step_time(self.run, self.profile, self.flops_per_token, self.program, constants)
-        return self.run.tokens_per_step / time.seconds
-
-    def error(self, constants: Constants) -> float:
-        """Predicted over measured, less one."""
-        return self.predicted(constants) / self.measured - 1
-
-
-def read_rows(path: Path = ROWS) -> list[Row]:
-    """The rows that are not excluded."""
-    rows: list[Row] = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        raw = json.loads(line)
-        if raw["role"] == "excluded":
-            continue
-        run = under_program(make_run(raw["run"]), raw["program"])
-        rows.append(
-            Row(
-                id=raw["id"],
-                role=raw["role"],
-                program=raw["program"],
-                run=run,
-                profile=load_gpu(raw["gpu"].replace(" (DDP)", "")),
-                flops_per_token=pieces(run, raw["program"], whole=False).flops_per_token,
-                measured=tokens_per_second(run, raw["value"], raw["unit"]),
-            )
-        )
-    return rows
-
-
-def tokens_per_second(run: RunConfig, value: float, unit: str) -> float:
-    """Tokens/s of a measurement in its own unit."""
-    if unit == "tok/s":
-        return value
-    tokens = {"ms/iter": run.tokens_per_step, "ms/micro_batch": run.batch_size * run.block_size * run.n_gpus}[unit]
-    return tokens / value * 1000
 
 
 def misfit(rows: Sequence[Row], constants: Constants) -> float:
@@ -141,30 +87,41 @@ def card_correlation(rows: Sequence[Row], constants: Constants) -> float:
     return 1 - 6 * squares / (len(cards) ** 3 - len(cards))
 
 
+def with_factor(row: Row) -> float:
+    """The error of speed.py's prediction."""
+    return row.error(CONSTANTS, card_factor(row.profile.name).factor)
+
+
 def report() -> str:
     """The whole calibration, as text."""
     rows = read_rows()
     used = [row for row in rows if row.role == "calibration"]
     fitted = fit(used)
-    left_out = leave_one_card_out(used)
-    lines = [f"{'row':42} {'card':16} {'measured':>10} {'predicted':>10} {'error':>7} {'left out':>8} {'speed.py':>8}"]
+    left_out, row_out = leave_one_card_out(used), one_row_left_out(used)
+    lines = [f"{'row':42} {'card':16} {'measured':>10} {'predicted':>10} {'error':>7} {'left out':>8} {'factor':>7}"]
     for row in sorted(rows, key=lambda row: (row.role, row.profile.name, row.id)):
         other = f"{100 * left_out[row.id]:+8.1f}" if row.id in left_out else f"{row.role:>8}"
         lines.append(
             f"{row.id:42} {row.profile.name:16} {row.measured:10,.0f} {row.predicted(fitted):10,.0f}"
-            f" {100 * row.error(fitted):+7.1f} {other} {100 * row.error(CONSTANTS):+8.1f}"
+            f" {100 * row.error(fitted):+7.1f} {other} {100 * row_out.get(row.id, with_factor(row)):+7.1f}"
         )
     errors = [abs(row.error(fitted)) for row in used]
     outside = [abs(error) for error in left_out.values()]
     like = [abs(math.log1p(left_out[row.id])) for row in used if row.run.compile]
-    held = [abs(row.error(fitted)) for row in rows if row.role == "holdout"]
+    rest = [abs(error) for error in row_out.values()]
+    held = [abs(with_factor(row)) for row in rows if row.role == "holdout"]
     lines += [
         f"median absolute error: fitted {median(errors):.1%}, card left out {median(outside):.1%}"
         f" (nine in ten within {quantiles(outside, n=10)[-1]:.1%}, worst {max(outside):.1%}),"
-        f" held out rows {median(held):.1%}",
+        f" with the factor of its other rows {median(rest):.1%} (nine in ten within {quantiles(rest, n=10)[-1]:.1%},"
+        f" worst {max(rest):.1%}), held out rows {median(held):.1%}",
         f"compiled rows: nine in ten within a factor of {math.exp(quantiles(like, n=10)[-1]):.3f}, card left out",
         f"rank correlation of cards: {card_correlation(rows, fitted):.3f}",
         *(f"    {field.name}={getattr(fitted, field.name):.3g}," for field in fields(fitted)),
+        *(
+            f'    "{name}": CardFactor({entry.factor}, {entry.n_runs}),'
+            for name, entry in card_factors(used, all_gpus()).items()
+        ),
     ]
     return "\n".join(lines)
 

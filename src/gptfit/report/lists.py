@@ -1,6 +1,7 @@
 """The shorter views: presets, cards, a replay, a verification, an explained out-of-memory error."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from statistics import median
 from typing import TYPE_CHECKING
 
 from rich.console import RenderableType
@@ -200,6 +201,11 @@ def _class_row(rows: Sequence["Compared"]) -> tuple[str, ...]:
     return rows[0].kind, f"{len(rows)}", *shares, worst
 
 
+def _speed_row(label: str, errors: Sequence[float]) -> tuple[str, ...]:
+    sizes = [abs(error) for error in errors]
+    return label, f"{len(sizes)}", f"{100 * median(sizes):.1f} %", f"{100 * max(sizes):.1f} %"
+
+
 def accuracy_view(answer: "Accuracy", verbose: bool) -> Iterator[RenderableType]:
     """Whether the gates hold, the errors of each class; the rows that are outside, or all of them."""
     missed = answer.missed()
@@ -214,6 +220,17 @@ def accuracy_view(answer: "Accuracy", verbose: bool) -> Iterator[RenderableType]
     kinds = sorted({row.kind for row in compared})
     yield title("What is compared, and how far the prediction is off")
     yield table(("", "rows", "mean", "worst", " "), map(_class_row, map(answer.of_kind, kinds)), right=CLASS_RIGHT)
+    if answer.speed is not None:
+        speed = answer.speed
+        yield title("Speed: tokens per second of published runs")
+        yield table(
+            ("", "rows", "median", "worst"),
+            [
+                _speed_row(f"on {speed.n_cards} cards, each run by the others of its card", speed.left_out),
+                _speed_row("that nothing was fitted to", speed.held_out),
+            ],
+            right=("rows", "median", "worst"),
+        )
     for kind in kinds if verbose else ():
         yield title(kind if kind == "verdict" else f"{kind}: MiB, and the difference in per cent of the measured")
         yield table(("", *RIGHT), [_compared(row) for row in compared if row.kind == kind], right=RIGHT)
