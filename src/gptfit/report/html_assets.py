@@ -24,7 +24,7 @@ td, th { white-space: nowrap; } td:first-child, .prose td { white-space: normal;
 .prose td:first-child { overflow-wrap: anywhere; min-width: 13rem; } .prose td.number { white-space: nowrap; }
 dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); gap: .5rem; margin: .8rem 0; }
 dl > div { background: var(--field); padding: .5rem .7rem; border-radius: .3rem; }
-dt { color: var(--quiet); font-size: .85rem; } dd { margin: 0; font-size: 1.1rem; }
+dt { color: var(--quiet); font-size: .85rem; } dd { margin: 0; font-size: 1.1rem; overflow-wrap: anywhere; }
 figure { margin: 1rem 0; }
 .plot { position: relative; height: 20rem; margin-left: 3.4rem; border: solid var(--line);
   border-width: 0 0 1px 1px; }
@@ -57,9 +57,9 @@ button { font: inherit; color: inherit; background: var(--field); border: 1px so
   font-size: .9rem; text-align: left; }
 .dot.chosen { width: 17px; height: 17px; margin: 0 0 -9px -9px; }
 .curve { fill: none; vector-effect: non-scaling-stroke; stroke-linecap: round; stroke-linejoin: round; }
-.plot.low { height: 15rem; }
+.plot.low { height: 15rem; } .plot .x.last { transform: translateX(-100%); }
 .lanes { margin: .8rem 0; }
-.lane { display: grid; grid-template-columns: 11rem 1fr 9rem; gap: 0 .8rem; align-items: center; font-size: .9rem;
+.lane { display: grid; grid-template-columns: 11rem 1fr 12rem; gap: 0 .8rem; align-items: center; font-size: .9rem;
   font-variant-numeric: tabular-nums; }
 .track { position: relative; height: 1.5rem; background: var(--field); margin: .15rem 0; overflow: hidden; }
 .track i { position: absolute; top: 15%; height: 70%; } .track .end { top: 0; height: 100%; }

@@ -3,12 +3,13 @@
 import math
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from gptfit.report.html_parts import Html, Part, table, tag
 
 SIZE = 1000  # of the drawing in both directions; it is stretched to the page
 MAX_BINS = 250  # points of a line
+MAX_DOTS = 40  # more are a line
 MAX_ROWS = 12  # of the table below it
 LOG_FROM = 10.0  # a range of so many times is drawn on a logarithmic axis
 
@@ -48,6 +49,7 @@ class Axis:
     low: float
     high: float
     log: bool
+    unit: float = 1.0
 
     def at(self, value: float) -> float:
         """0 at the bottom, 1 at the top."""
@@ -58,7 +60,7 @@ class Axis:
 
     def ticks(self) -> list[float]:
         if not self.log:
-            return round_ticks(self.low, self.high)
+            return [self.unit * value for value in round_ticks(self.low / self.unit, self.high / self.unit)]
         powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
         digits = (1, 2, 5) if len(powers) <= 4 else (1,)
         every = 1 + len(powers) // 7
@@ -68,7 +70,7 @@ class Axis:
 
 @dataclass(frozen=True, slots=True)
 class Chart:
-    """What is drawn, how its figures are written, and levels that are drawn across."""
+    """What is drawn, how its figures are written, and levels that are drawn across. Ticks are round in `unit`."""
 
     label: str
     lines: Sequence[Line]
@@ -76,7 +78,10 @@ class Chart:
     levels: Sequence[tuple[float, str]] = ()
     from_zero: bool = False
     last_step: int = 0
-    captions: Sequence[str] = field(default=())
+    captions: Sequence[str] = ()
+    ticks: Words = "{:.4g}".format
+    unit: float = 1.0
+    first_step: int = 0
 
 
 def binned(steps: Sequence[int], values: array, max_bins: int = MAX_BINS) -> list[Bin | None]:
@@ -107,7 +112,7 @@ def chart(what: Chart) -> Html | None:
         return None
     axis = axis_of([one.low for one in shared], [one.high for one in shared], what)
     right = max(1, what.last_step, *(one.last for one in shared))
-    steps = Axis(0, right, False)
+    steps = Axis(what.first_step, max(right, what.first_step + 1), False)
     svg = tag(
         "svg",
         (rule(axis.at(value), "grid") for value in axis.ticks()),
@@ -118,12 +123,14 @@ def chart(what: Chart) -> Html | None:
         role="img",
         aria_label=f"{what.label} over the steps. {' '.join(what.captions)}",
     )
-    at_ticks = (tag("span", what.words(value), class_="y", style=f"bottom:{100 * axis.at(value):.2f}%")
+    at_ticks = (tag("span", what.ticks(value), class_="y", style=f"bottom:{100 * axis.at(value):.2f}%")
                 for value in axis.ticks())  # fmt: skip
-    at_steps = (tag("span", f"{round(value):,}", class_="x", style=f"left:{100 * steps.at(value):.2f}%")
-                for value in round_ticks(0, right, 4) if value == round(value))  # fmt: skip
-    at_levels = (tag("span", text, class_="limit", style=f"bottom:calc({100 * axis.at(value):.2f}% + 2px)")
-                 for value, text in what.levels)  # fmt: skip
+    at_steps = (tag("span", f"{round(value):,}", class_="x last" if steps.at(value) > 0.95 else "x",
+                    style=f"left:{100 * steps.at(value):.2f}%")
+                for value in round_ticks(steps.low, steps.high) if value == round(value))  # fmt: skip
+    at_levels = (tag("span", text, class_="limit",
+                     style=f"bottom:calc({100 * axis.at(value):.2f}% + 2px);left:calc({50 * i}% + .3rem)")
+                 for i, (value, text) in enumerate( what.levels))  # fmt: skip
     captions = [*what.captions, *axis_words(axis, drawn)]
     return tag(
         "figure",
@@ -139,11 +146,11 @@ def axis_of(lows: Sequence[float], highs: Sequence[float], what: Chart) -> Axis:
     low = min(*lows, *(value for value, _ in what.levels), math.inf)
     high = max(*highs, *(value for value, _ in what.levels), -math.inf)
     if what.from_zero:
-        return Axis(0.0, 1.08 * high or 1.0, False)
+        return Axis(0.0, 1.08 * high or 1.0, False, what.unit)
     if low > 0 and high / low > LOG_FROM:
         return Axis(low / 1.1, high * 1.1, True)
     room = 0.05 * (high - low) or abs(high) * 0.05 or 1.0
-    return Axis(low - room, high + room, False)
+    return Axis(low - room, high + room, False, what.unit)
 
 
 def axis_words(axis: Axis, drawn: Sequence[Line]) -> Iterator[str]:
@@ -188,7 +195,9 @@ def shapes(line: Line, axis: Axis, steps: Axis) -> Iterator[Html]:
         path = "L".join(point(one.middle, one.mean) for one in part)
         width = "1" if line.own_axis else "2"
         yield tag("path", d=f"M{path}", class_="curve", stroke=line.colour, stroke_width=width)
-        if line.dots or len(part) == 1:  # a stroke of no length is a round dot, whatever the drawing is stretched to
+        if (line.dots and len(part) <= MAX_DOTS) or len(
+            part
+        ) == 1:  # a stroke of no length is a round dot, whatever the drawing is stretched to
             dots = "".join(f"M{point(one.middle, one.mean)}h0" for one in part)
             yield tag("path", d=dots, class_="curve", stroke=line.colour, stroke_width=7)
 

@@ -4,9 +4,9 @@ import math
 from collections.abc import Iterator
 from datetime import UTC, datetime
 
-from gptfit.report.html_chart import lane, marks, round_ticks
+from gptfit.report.html_chart import lane, marks
 from gptfit.report.html_parts import Part, table, tag
-from gptfit.report.run_facts import Entry, RunFacts
+from gptfit.report.run_facts import Entry, RunFacts, size
 from gptfit.units import format_bytes
 
 MAX_ROWS = 100
@@ -34,6 +34,8 @@ COLOURS = {
     "ended": "#b3261e",
 }
 
+LANES = {"note": "notes", "resumed": "", "not applied": ""}
+
 
 def events_section(facts: RunFacts) -> Iterator[Part] | None:
     """Lanes of marks with their counts, and the rows that say what they are."""
@@ -47,15 +49,14 @@ def events_section(facts: RunFacts) -> Iterator[Part] | None:
         for name, steps in places.items()
     )
     parts: list[Part] = [tag("div", drawn, class_="lanes")]
-    ticks = ", ".join(f"{round(value):,}" for value in round_ticks(0, right, 4) if value == round(value))
     if places:
-        parts.append(tag("p", f"From left to right: steps 0 to {right:,} ({ticks}).", class_="quiet"))
+        parts.append(tag("p", f"From left to right: steps 0 to {right:,}.", class_="quiet"))
     if rows:
         left = len(rows) - MAX_ROWS
         kept = rows if left <= 0 else [*rows[: MAX_ROWS // 2], *rows[-MAX_ROWS // 2 :]]
         about = "In their order; checkpoints, evaluations and samples are above"
         about += f"; {left:,} rows in the middle are left out" if left > 0 else ""
-        parts.append(table(("step", "time (UTC)", "what", "in words"), kept, about, ("step",), prose=True))
+        parts.append(table(("what", "after step", "time (UTC)", "in words"), kept, about, (), prose=True))
     return iter(parts)
 
 
@@ -63,21 +64,22 @@ def lanes(facts: RunFacts) -> dict[str, list[int]]:
     """The steps at which each kind of thing happened."""
     series = facts.series
     found: dict[str, list[int]] = {name: [] for name in COLOURS}
-    for name, column in (("evaluations", "val_loss"), ("not applied", "skipped")):
+    for name, column, least in (("evaluations", "val_loss", -math.inf), ("not applied", "skipped", 1)):
         values = series.columns[column]
-        found[name] = [step for step, value in zip(series.steps, values, strict=True) if not math.isnan(value)]
+        found[name] = [step for step, value in zip(series.steps, values, strict=True) if value >= least]
     for entry in facts.events:
         if name := lane_of(entry):
             found[name].append(entry["step"])
-    return {name: steps for name, steps in found.items() if steps}
+    return {name: sorted(steps) for name, steps in found.items() if steps}
 
 
 def lane_of(entry: Entry) -> str:
     kind = {"started": "started, resumed", "saved": "checkpoints", "sampled": "samples", "finished": "ended",
             "failed": "ended"}.get(entry["event"], "")  # fmt: skip
     if entry["event"] == "note":
-        kind = note_kind(str(entry.get("text", "")))
-        return {"note": "notes", "resumed": "started, resumed", "": ""}.get(kind, kind)
+        text = str(entry.get("text", ""))
+        # The metrics tell which steps were not applied, and an explanation is no second event.
+        return "" if text.startswith("why: ") else LANES.get(note_kind(text), note_kind(text))
     return kind
 
 
@@ -100,12 +102,13 @@ def told(facts: RunFacts) -> Iterator[tuple[str, str, str, str]]:
         kind, text = words(entry)
         if entry["event"] == "started":
             if open_at is not None:
-                yield f"{open_at['step']:,}", "", "killed", "the run that began here left no last word"
+                yield "killed", "", "", f"what began after step {open_at['step']:,} left no last word"
             open_at = entry
         elif entry["event"] in ("finished", "failed"):
             open_at = None
         if text:
-            yield f"{entry['step']:,}", clock(entry["at"]), kind, text[:MAX_TEXT] + "…" * (len(text) > MAX_TEXT)
+            text = text if len(text) <= MAX_TEXT else text[:MAX_TEXT] + "…"
+            yield kind, f"{entry['step']:,}", clock(entry["at"]), text
 
 
 def words(entry: Entry) -> tuple[str, str]:
@@ -114,13 +117,13 @@ def words(entry: Entry) -> tuple[str, str]:
     if kind == "note":
         return note_kind(text), text
     if kind == "started":
-        size, steps = entry.get("batch_size"), entry.get("gradient_accumulation_steps")
-        device = f"on {entry.get('device')}, micro-batches of {size}, {steps} a step"
+        micro, n = entry.get("batch_size"), entry.get("gradient_accumulation_steps")
+        device = f"on {entry.get('device')}, micro-batches of {micro}, {n} a step"
         return ("resumed", f"after step {entry['step']:,}, {device}") if entry["step"] else ("started", device)
     if kind == "measured":
-        known = [(name, entry.get(f"{name}_bytes")) for name in ("allocated", "reserved", "card_used")]
+        known = [(name, size(entry.get(f"{name}_bytes"))) for name in ("allocated", "reserved", "card_used")]
         return "measured", ", ".join(f"{name.replace('_', ' ')} {format_bytes(n)}" for name, n in known
-                                     if isinstance(n, int))  # fmt: skip
+                                     if n)  # fmt: skip
     if kind == "finished":
         by = str(entry.get("stopped_by") or "")
         return "ended", f"stopped by {by}" if by else "at its last step"

@@ -8,10 +8,10 @@ from pathlib import Path
 from gptfit.report.html import bullets, document, footer, write_page
 from gptfit.report.html_chart import Chart, Line, binned, chart, singles
 from gptfit.report.html_events import events_section, launch_notes
-from gptfit.report.html_parts import Html, Part, section, table, tag
+from gptfit.report.html_parts import Html, Part, joined, section, table, tag
 from gptfit.report.html_run_memory import memory_section
 from gptfit.report.run_facts import RunFacts
-from gptfit.report.run_summary import figures, loss_text
+from gptfit.report.run_summary import figures, loss_text, mfu, predicted_speed
 from gptfit.units import format_time
 
 NAME = "report.html"
@@ -19,6 +19,7 @@ TRAIN, VAL, RATE = "#0072b2", "#d55e00", "#7f7f7f"
 MAX_SAMPLES = 8
 MAX_SAMPLE = 1500  # characters
 MAX_KEYS = 150
+MIN_LATER, MOST_OF = 100, 2.0  # steps, and the share of heights, from which on the later loss is drawn by itself
 MAX_VALUE = 200  # characters
 
 
@@ -34,7 +35,10 @@ def run_page(facts: RunFacts) -> Html:
     return document(
         f"{facts.folder.name}: {text}",
         tag("header", tag("h1", tag("span", text, class_=kind)), why(facts)),
-        tag("dl", (tag("div", tag("dt", name), tag("dd", value)) for name, value in figures(facts))),
+        tag(
+            "dl",
+            (tag("div", tag("dt", name), tag("dd", value.replace(" %", "\u00a0%"))) for name, value in figures(facts)),
+        ),
         whole("Loss", loss_chart(facts)),
         whole("Speed", speed_chart(facts)),
         whole("Memory", memory_section(facts)),
@@ -48,7 +52,8 @@ def run_page(facts: RunFacts) -> Html:
 
 
 def whole(title: str, content: Part) -> Html | None:
-    return None if content is None else section(title, content)
+    markup = joined(content)
+    return section(title, markup) if markup else None
 
 
 def why(facts: RunFacts) -> Iterator[Html]:
@@ -61,7 +66,7 @@ def why(facts: RunFacts) -> Iterator[Html]:
         yield tag("p", f"Lines of metrics.jsonl that could not be read, and are left out: {facts.series.n_bad:,}.")
 
 
-def loss_chart(facts: RunFacts) -> Html | None:
+def loss_chart(facts: RunFacts) -> Part:
     series = facts.series
     steps, columns = series.steps, series.columns
     lines = [
@@ -74,7 +79,25 @@ def loss_chart(facts: RunFacts) -> Html | None:
     n_none = sum(map(math.isnan, columns["loss"]))
     if n_none:
         captions.append(f"Steps whose loss is no number: {n_none:,}; the line has gaps there.")
-    return chart(Chart("Loss, nats a token", lines, loss_text, last_step=facts.step, captions=captions))
+    whole = Chart("Loss, nats a token", lines, loss_text, last_step=facts.step, captions=captions)
+    return chart(whole), later_loss(facts)
+
+
+def later_loss(facts: RunFacts) -> Html | None:
+    """The same without the first tenth, where that is most of the picture's height."""
+    series = facts.series
+    begin = len(series.steps) // 10
+    early, late = (sorted(value for value in part if not math.isnan(value))
+                   for part in (series.columns["loss"][:begin], series.columns["loss"][begin:]))  # fmt: skip
+    if not early or len(late) < MIN_LATER or early[-1] - late[0] < MOST_OF * (late[-1] - late[0]):
+        return None
+    steps = series.steps[begin:]
+    lines = [
+        Line("train loss", TRAIN, binned(steps, series.columns["loss"][begin:])),
+        Line("validation loss", VAL, singles(steps, series.columns["val_loss"][begin:]), dots=True),
+    ]
+    captions = [f"The same from step {steps[0]:,} on."]
+    return chart(Chart("Loss, later", lines, loss_text, (), False, facts.step, captions, first_step=steps[0]))
 
 
 def course(facts: RunFacts, column: str, name: str) -> str:
@@ -94,25 +117,22 @@ def course(facts: RunFacts, column: str, name: str) -> str:
 def speed_chart(facts: RunFacts) -> Html | None:
     """Tokens a second, beside what was predicted of them; MFU in proportion."""
     series = facts.series
-    speed = facts.predicted.get("speed")
-    predicted = speed.get("tokens_per_second") if isinstance(speed, Mapping) else None
-    share = speed.get("mfu") if isinstance(speed, Mapping) else None
+    predicted, share = predicted_speed(facts)
     levels, captions = [], []
     if facts.tokens_per_second:
         known = series.finite("tokens_per_second")
         ends = f"slowest {min(known):,.0f}, fastest {max(known):,.0f}"
         captions.append(f"Median step {facts.tokens_per_second:,.0f} tokens/s, {ends}.")
-    if isinstance(predicted, int | float) and 0 < predicted < 1e12:
-        levels = [(float(predicted), f"predicted: {predicted:,.0f}")]
-        if isinstance(share, int | float) and facts.tokens_per_second:
-            captions.append(
-                f"Predicted {predicted:,.0f}, at an MFU of {share:.1%}; measured, the median step has "
-                f"{share * facts.tokens_per_second / predicted:.1%}."
-            )
+    if predicted and share:
+        levels = [(predicted, f"predicted: {predicted:,.0f}")]
+        own = mfu(facts)
+        measured = f"; measured, the median step has {own:.1%}" if own else ""
+        captions.append(f"Predicted {predicted:,.0f}, at an MFU of {share:.1%}{measured}.")
     else:
         captions.append("MFU is not known: no card, no peak to compare with.")
+    words = "{:,.0f}".format
     line = Line("tokens/s", TRAIN, binned(series.steps, series.columns["tokens_per_second"]))
-    return chart(Chart("Tokens a second", [line], "{:,.0f}".format, levels, True, facts.step, captions))
+    return chart(Chart("Tokens a second", [line], words, levels, True, facts.step, captions, words))
 
 
 def norm_chart(facts: RunFacts) -> Html | None:
@@ -128,19 +148,20 @@ def norm_chart(facts: RunFacts) -> Html | None:
     return chart(Chart("Gradient norm", [line], "{:.3g}".format, levels, False, facts.step, captions))
 
 
-def samples(facts: RunFacts) -> Iterator[Html] | None:
-    """The texts that the model wrote on the way: the first, the last, and some between them."""
+def samples(facts: RunFacts) -> Iterator[Part] | None:
+    """The texts that the model wrote on the way: the last, and below it the first and some between."""
     found = facts.of("sampled")
     if not found:
         return None
     last = len(found) - 1
     kept = sorted({round(i * last / (MAX_SAMPLES - 1)) for i in range(MAX_SAMPLES)})
-    some = tag("p", f"{len(kept)} of {len(found):,} samples.", class_="quiet") if len(kept) < len(found) else Html()
-    texts = (
+    texts = [
         (tag("p", f"After step {one['step']:,}:"), tag("pre", str(one.get("text", ""))[:MAX_SAMPLE], class_="sample"))
         for one in (found[i] for i in kept)
-    )
-    return (part for part in (some, *(part for pair in texts for part in pair)))
+    ]
+    earlier = f"{len(kept) - 1} earlier ones" + (f" of {last:,}" if len(kept) <= last else "")
+    before = tag("details", tag("summary", earlier), texts[:-1]) if texts[:-1] else None
+    return iter([texts[-1], before])
 
 
 def config(facts: RunFacts) -> Iterator[Part] | None:
@@ -170,7 +191,7 @@ def cut(value: object) -> str:
 
 def provenance(facts: RunFacts) -> Html:
     launched, started = facts.newest("launched"), facts.newest("started")
-    rows = [(f"command {i}" if i else "command", cut(one.get("command", "")))
+    rows = [("then" if i else "command", cut(one.get("command", "")))
             for i, one in enumerate(facts.of("launched")[-5:])]  # fmt: skip
     versions = launched.get("versions")
     if isinstance(versions, Mapping):

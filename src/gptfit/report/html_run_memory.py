@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 
 from gptfit.report.html_chart import Chart, Line, bar, binned, chart, lane
 from gptfit.report.html_parts import Html, Part, table, tag
-from gptfit.report.run_facts import RunFacts
+from gptfit.report.run_facts import RunFacts, size
 from gptfit.report.run_summary import Held, held, unmeasured
 from gptfit.units import GiB, format_bytes
 
@@ -34,9 +34,9 @@ def parts(facts: RunFacts, known: list[Held], process: tuple[int, int, int] | No
 def predicted_process(facts: RunFacts) -> tuple[int, int, int] | None:
     """Low, likeliest and high of what nvidia-smi shows, as it was predicted."""
     given = (facts.predicted.get(key) for key in ("low_bytes", "process_bytes", "high_bytes"))
-    found = [n for n in given if isinstance(n, int) and 0 < n < 1 << 60]
-    if len(found) == 3:
-        return found[0], found[1], found[2]
+    low, likely, high = map(size, given)
+    if low and likely and high:
+        return low, likely, high
     one = facts.estimated
     return (one.interval.low_bytes, one.process_bytes, one.interval.high_bytes) if one else None
 
@@ -46,13 +46,12 @@ def limits(facts: RunFacts) -> list[tuple[str, int]]:
     card = facts.predicted.get("gpu")
     if not isinstance(card, Mapping):
         return []
-    found = [(words, card.get(key)) for words, key in (("usable", "usable_bytes"), ("the card", "total_bytes"))]
-    return [(words, n) for words, n in found if isinstance(n, int) and n > 0]
+    found = [(words, size(card.get(key))) for words, key in (("usable", "usable_bytes"), ("the card", "total_bytes"))]
+    return [(words, n) for words, n in found if n]
 
 
 def card_used(facts: RunFacts) -> int | None:
-    n = facts.newest("measured").get("card_used_bytes")
-    return n if isinstance(n, int) and n > 0 else None
+    return size(facts.newest("measured").get("card_used_bytes"))
 
 
 def bars(facts: RunFacts, known: list[Held], process: tuple[int, int, int] | None) -> Html:
@@ -82,21 +81,23 @@ def bars(facts: RunFacts, known: list[Held], process: tuple[int, int, int] | Non
             yield row("card, measured", used, MEASURED)
 
     strokes = ", ".join(f"{words} {format_bytes(n)}" for words, n in ends)
-    about = "The pale end of the process is where nine of ten lie." + (f" Strokes: {strokes}." if ends else "")
+    about = "Pale: where nine of ten processes lie." + (f" Strokes: {strokes}." if ends else "")
     return tag("figure", tag("div", lanes(), class_="lanes"), tag("figcaption", about, class_="quiet"))
 
 
 def rows(facts: RunFacts, known: list[Held], process: tuple[int, int, int] | None) -> Html:
-    def size(n_bytes: int | None) -> str:
+    def text(n_bytes: int | None) -> str:
         return format_bytes(n_bytes) if n_bytes else ""
 
-    found = [(one.name, size(one.predicted_bytes), size(one.measured_bytes), one.off) for one in known]
+    found = [(one.name, text(one.predicted_bytes), text(one.measured_bytes), one.off) for one in known]
     if process:
-        low, likely, high = process
-        found.append(("process", f"{format_bytes(likely)} ({format_bytes(low)} to {format_bytes(high)})", "", ""))
+        names = ("process, low end", "process", "process, high end")
+        found += [(name, text(n), "", "") for name, n in zip(names, process, strict=True)]
     if used := card_used(facts):
-        found.append(("the card, all processes", "", size(used), ""))
-    found += [(f"limit: {words}", size(n), "", "") for words, n in limits(facts)]
+        found.append(("the card, all processes", "", text(used), ""))
+    found += [(f"limit: {words}", text(n), "", "") for words, n in limits(facts)]
+    if not any(row[2] for row in found):
+        return table(("memory", "predicted"), [row[:2] for row in found], "As a table", ("predicted",))
     about = "Measured: the most of any step; the difference in per cent of it"
     return table(("memory", "predicted", "measured", "off"), found, about, ("predicted", "measured", "off"))
 
@@ -107,9 +108,20 @@ def over_steps(facts: RunFacts, known: list[Held]) -> Html | None:
         Line("reserved", "#e69f00", binned(series.steps, series.columns["peak_reserved_bytes"])),
         Line("allocated", MEASURED, binned(series.steps, series.columns["peak_allocated_bytes"])),
     ]
-    levels = [(float(one.predicted_bytes), f"{one.name}, predicted") for one in known if one.predicted_bytes]
+    levels = [(float(one.predicted_bytes), f"{one.name}, predicted") for one in known[1:] if one.predicted_bytes]
     levels += [(float(n), words) for words, n in limits(facts) if words == "usable"]
-    return chart(Chart("Peak memory of each step", lines, gib, levels, True, facts.step))
+    return chart(
+        Chart(
+            "Peak memory of each step",
+            lines,
+            lambda n: format_bytes(round(n)),
+            levels,
+            True,
+            facts.step,
+            ticks=gib,
+            unit=GiB,
+        )
+    )
 
 
 def gib(n_bytes: float) -> str:

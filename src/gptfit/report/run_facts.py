@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from gptfit import journal, metrics
@@ -28,6 +29,8 @@ COLUMNS = (
 LARGEST = 1e30
 # Of run.yaml; more is none.
 MAX_CONFIG_BYTES = 1 << 20
+
+SCALARS = (str, int, float, NoneType)
 
 Entry = Mapping[str, Any]
 
@@ -190,6 +193,11 @@ def number(value: object) -> float:
     return math.nan
 
 
+def size(value: object) -> int | None:
+    """`value` as bytes that a machine could have."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1 << 60 else None
+
+
 def read_config(path: Path) -> dict[str, object]:
     """The keys of run.yaml; none where it is not there, or no such file."""
     import yaml
@@ -200,4 +208,6 @@ def read_config(path: Path) -> dict[str, object]:
         known = yaml.safe_load(path.read_text(encoding="utf-8", errors="replace"))
     except (OSError, yaml.YAMLError, ValueError, RecursionError):
         return {}
-    return {str(key): value for key, value in known.items()} if isinstance(known, dict) else {}
+    known = known if isinstance(known, dict) else {}
+    # What refers to itself a million times over is short in a file, and endless as text.
+    return {key: value for key, value in known.items() if isinstance(key, str) and isinstance(value, SCALARS)}

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gptfit.report.run_facts import RunFacts
-from gptfit.units import format_bytes
+from gptfit.report.run_facts import RunFacts, number, size
+from gptfit.units import format_bytes, format_count
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -45,7 +45,7 @@ def held(facts: RunFacts) -> list[Held]:
             predicted = getattr(facts.estimated, key)
         peaks = facts.series.finite(f"peak_{key}")
         most = round(max(peaks)) if peaks else measured.get(key)
-        found.append(Held(name, *(n if isinstance(n, int) and n > 0 else None for n in (predicted, most))))
+        found.append(Held(name, size(predicted), size(most)))
     return found
 
 
@@ -59,11 +59,16 @@ def loss_text(value: float) -> str:
 
 def mfu(facts: RunFacts) -> float | None:
     """Of the median step; known where a speed was predicted, as both are in proportion."""
-    speed, rate = facts.predicted.get("speed"), facts.tokens_per_second
-    try:
-        return speed["mfu"] * rate / speed["tokens_per_second"] if speed and rate else None
-    except (TypeError, KeyError, ZeroDivisionError, OverflowError):
-        return None
+    predicted, share = predicted_speed(facts)
+    rate = facts.tokens_per_second
+    return share * rate / predicted if predicted and share and rate else None
+
+
+def predicted_speed(facts: RunFacts) -> tuple[float | None, float | None]:
+    """Tokens a second, and MFU."""
+    speed = facts.predicted.get("speed")
+    known = [number(speed.get(key)) for key in ("tokens_per_second", "mfu")] if isinstance(speed, dict) else []
+    return (known[0], known[1]) if known and all(0 < value < 1e12 for value in known) else (None, None)
 
 
 def figures(facts: RunFacts) -> Iterator[tuple[str, str]]:
@@ -71,7 +76,7 @@ def figures(facts: RunFacts) -> Iterator[tuple[str, str]]:
     series = facts.series
     yield "steps", f"{facts.step:,}" + (f" of {facts.max_iters:,}" if facts.max_iters else "")
     if facts.tokens is not None:
-        yield "tokens", f"{facts.tokens:,}"
+        yield "tokens", f"{facts.tokens:,}" if facts.tokens < 10**9 else format_count(facts.tokens)
     for name, column in (("train loss, last step", "loss"), ("validation loss, last", "val_loss")):
         if (value := series.last(column)) is not None:
             yield name, loss_text(value)
