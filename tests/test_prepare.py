@@ -98,7 +98,7 @@ def killed_at(patch: pytest.MonkeyPatch, n: int) -> Iterator[list[int]]:
 
     with patch.context() as within:
         within.setattr(ShardWriter, "write", wrapped(ShardWriter.write, after=n % 2 == 0))
-        within.setattr(ShardWriter, "shorten", wrapped(ShardWriter.shorten, after=n % 2 == 0))
+        within.setattr(ShardWriter, "shorten", wrapped(ShardWriter.shorten, after=False))
         within.setattr(module, "save", wrapped(unfinished.save, after=n % 2 == 0))
         for name in ("replace", "unlink"):
             within.setattr(Path, name, wrapped(getattr(Path, name), after=n % 2 == 0))
@@ -111,7 +111,7 @@ def test_killed_anywhere_it_ends_with_the_same_bytes(
     split: str, shard_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small: None
 ) -> None:
     files, coder = corpus(tmp_path / "in"), ranks(tmp_path / "vocab.bpe")
-    how: dict[str, Any] = {"split": split, "shard_bytes": shard_bytes}
+    how: dict[str, Any] = {"split": split, "shard_bytes": shard_bytes, "workers": 1}
     with killed_at(monkeypatch, 0) as calls:
         whole = prepare(files, coder, tmp_path / "whole", 0.3, **how)
     expected, total = made(tmp_path / "whole"), calls[0]
@@ -138,7 +138,7 @@ def test_killed_anywhere_it_ends_with_the_same_bytes(
 def test_the_rest_of_the_pieces_is_the_same_from_any_place(tmp_path: Path, small: None) -> None:
     files = corpus(tmp_path / "in")
     found = list(pieces(files))
-    assert len(found) > 400
+    assert len(found) > 200
     for index, piece in enumerate(found):
         if index % 5 == 0:
             assert list(pieces(files, start=piece.after)) == found[index + 1 :]
@@ -146,7 +146,7 @@ def test_the_rest_of_the_pieces_is_the_same_from_any_place(tmp_path: Path, small
 
 def test_rows_of_parquet_are_gone_on_with(tmp_path: Path) -> None:
     pa = pytest.importorskip("pyarrow")
-    from pyarrow import parquet
+    parquet = pytest.importorskip("pyarrow.parquet")
 
     rows = [None if i % 10 == 4 else f"row {i}" for i in range(500)]
     parquet.write_table(pa.table({"text": rows}), tmp_path / "a.parquet", row_group_size=70)
@@ -182,8 +182,8 @@ def test_kill_9_at_random_moments(tmp_path: Path) -> None:
 
     prepare([source], "byte", tmp_path / "whole", 0.2, shard_bytes=1 << 20)
     record = tmp_path / "out" / ".preparing" / "progress.json"
-    gone_on_from, kills = [0], 0
-    for _ in range(30):
+    gone_on_from, kills, code, said = [0], 0, None, b""
+    while code is None or code < 0:  # killed
         process = start(tmp_path / "out")
         before, deadline = record.read_bytes() if record.exists() else b"", time.monotonic() + 60
         while process.poll() is None and time.monotonic() < deadline:
@@ -197,9 +197,8 @@ def test_kill_9_at_random_moments(tmp_path: Path) -> None:
         _, said = process.communicate(timeout=60)
         if b"going on from" in said:
             gone_on_from.append(int(said.split(b"from ")[1].split()[0].replace(b",", b"")))
-        if process.returncode == 0:
-            break
-    assert process.returncode == 0, said
+        code = process.returncode
+    assert code == 0, said
     assert kills >= 2 and len(gone_on_from) == kills + 1 and gone_on_from == sorted(set(gone_on_from))
     assert made(tmp_path / "out") == made(tmp_path / "whole")
 

@@ -171,7 +171,7 @@ def test_parquet_is_read_a_row_group_at_a_time(tmp_path: Path) -> None:
     rows = [*texts(3000), None]
     parquet.write_table(pa.table({"text": rows, "n": list(range(3001))}), tmp_path / "a.parquet", row_group_size=700)
     assert [piece.text.decode() for piece in documents(list_files([tmp_path], tmp_path / "o").files)] == rows[:-1]
-    with pytest.raises(GptfitError, match='has no key "body"'):
+    with pytest.raises(GptfitError, match='has no column "body"'):
         list(documents([tmp_path / "a.parquet"], "body"))
     (tmp_path / "b.parquet").write_bytes(b"PAR1 and no more")
     with pytest.raises(GptfitError, match="cannot read"):

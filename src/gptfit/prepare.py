@@ -10,7 +10,7 @@ import shlex
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
@@ -111,7 +111,7 @@ def prepare(
             on_begin(progress.n, _first_line(progress, len(listed.files)))
         with job.unharmed():
             progress = progress if progress.meta else job.make(progress)
-        return job.place(progress)
+            return job.place(progress)
 
 
 def _first_line(progress: Progress, n_files: int) -> str:
@@ -142,9 +142,10 @@ class _Job:
     def make(self, progress: Progress) -> Progress:
         """All tokens, in DIR/.preparing."""
         work, room = self.folder / WORK, self.options["shard_bytes"]
-        train = ShardWriter(work, "train", self.dtype, room, progress.n_train)
-        val = ShardWriter(work, "val", self.dtype, room, progress.n_val)
-        try:
+        with (
+            closing(ShardWriter(work, "train", self.dtype, room, progress.n_train)) as train,
+            closing(ShardWriter(work, "val", self.dtype, room, progress.n_val)) as val,
+        ):
             progress = self.write(progress, train, val)
             _check(train, val, self.options["split"], self.listed)
             if not val.n:  # of few documents none may have been drawn
@@ -168,9 +169,6 @@ class _Job:
             }
             progress = replace(progress, meta=meta)
             self.save(progress, train, val)
-        finally:
-            train.close()
-            val.close()
         return progress
 
     def write(self, progress: Progress, train: ShardWriter, val: ShardWriter) -> Progress:
@@ -253,6 +251,8 @@ class _Job:
         if not kept.n:
             forget(self.folder)
         left = f"the same command goes on from {kept.n:,} tokens" if kept.n else "nothing is left of it"
+        if isinstance(error, KeyboardInterrupt):
+            raise KeyboardInterrupt(f"cut short; {left}") from None
         if isinstance(error, Unreadable):
             raise GptfitError(error.message, f"mend that; {left}") from None
         if isinstance(error, BrokenProcessPool):

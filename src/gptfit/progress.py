@@ -77,9 +77,11 @@ class Counter:
     def __enter__(self) -> "Counter":
         return self
 
-    def __exit__(self, *_error: object) -> None:
+    def __exit__(self, _kind: object, error: object, _trace: object) -> None:
         if self.live:
             self.stream.write("\r\x1b[K")
+        if isinstance(error, KeyboardInterrupt) and error.args:  # what was kept
+            self.stream.write(f"{error}\n")
 
     def begin(self, n_tokens: int, line: str) -> None:
         """There are `n_tokens` already, which were not made now."""

@@ -20,6 +20,7 @@ from gptfit.replacing import replacing, sync_folder
 from gptfit.sources import Place
 
 WORK = ".preparing"
+GONE = ".preparing.gone"
 ASKED = "asked.json"
 PROGRESS = "progress.json"
 
@@ -111,7 +112,7 @@ def begin(folder: Path, question: dict[str, Any], restart: bool) -> Progress:
             )
         if not reads_once(question):
             return progress
-    shutil.rmtree(work, ignore_errors=True)
+    forget(folder)
     work.mkdir()
     try:
         with replacing(work / ASKED) as file:
@@ -133,12 +134,12 @@ def save(folder: Path, progress: Progress) -> None:
 
 
 def forget(folder: Path) -> None:
-    """Removes what an unfinished preparation left; progress first, so that what is left of it is never gone on with."""
-    work = folder / WORK
+    """Removes what an unfinished preparation left: at once, so that a part of it is never gone on with."""
     with suppress(OSError):
-        (work / PROGRESS).unlink(missing_ok=True)
-        sync_folder(work)
-    shutil.rmtree(work, ignore_errors=True)
+        (folder / WORK).replace(folder / GONE)
+        sync_folder(folder)
+    shutil.rmtree(folder / WORK, ignore_errors=True)
+    shutil.rmtree(folder / GONE, ignore_errors=True)
 
 
 def read(folder: Path) -> tuple[dict[str, Any], Progress]:
