@@ -220,7 +220,7 @@ def test_out_of_memory_makes_micro_batches_smaller_and_the_step_the_same(dataset
         metrics.read(tmp_path / "planned")[-1]["val_loss"], rel=1e-5
     )
     assert notes[0] == (
-        "out of memory; going on with micro-batches of 7, the same tokens a step "
+        "out of memory; going on with micro-batches of 7 (were 8), the same tokens a step "
         "(CUDA out of memory. Tried to allocate 2.00 GiB)"
     )
 

@@ -62,12 +62,13 @@ def fitting(session: Session, attempt: Callable[[], T], evaluating: bool = False
             check_again(session.run, name, size, evaluating, reason)
         if room is not None:
             room = round(room * (1 - LESS_ROOM) ** (failures - 1))
-        size = -int(session.ranks.largest(-smaller(session, size, room, evaluating))[0])
+        before, size = size, -int(session.ranks.largest(-smaller(session, size, room, evaluating))[0])
         if evaluating:
             session.eval_batch = size
         else:
             session.micro_batch = size
-        session.emit(Note(f"out of memory; going on with micro-batches of {size}, the same tokens a step ({reason})"))
+        sizes = f"micro-batches of {size} (were {before})"
+        session.emit(Note(f"out of memory; going on with {sizes}, the same tokens a step ({reason})"))
         if why := explained(trace, failed):
             session.emit(Note(f"why: {why}"))
 
