@@ -6,6 +6,8 @@ reads what was added up so far, until it would read more than four tensors (indu
 the sum is written down. Read off the wrappers of torch 2.13, CPU lowering.
 """
 
+from typing import Any
+
 from gptfit.config import RunConfig
 from gptfit.memory.autograd import Shape, Tensor
 from gptfit.memory.compiled import CompiledNanoGPT, CompiledOurs
@@ -37,8 +39,8 @@ class Kernels:
         self.found.append(Kernel(makes, reads, call))
         return makes[-1].name
 
-    def tensor(self, name: str, *last: int, dtype: str = "", **more: bool | str) -> Made:
-        return Made(name, (*self.tokens, *last), dtype or self.low, **more)  # pyright: ignore[reportArgumentType]
+    def tensor(self, name: str, *last: int, dtype: str = "", **more: Any) -> Made:
+        return Made(name, (*self.tokens, *last), dtype or self.low, **more)
 
     def copy(self, name: str, *shape: int) -> tuple[str, ...]:
         """A parameter in low precision, if that is another one."""
@@ -54,12 +56,13 @@ class Kernels:
     def norm(self, name: str) -> str:
         run = self.run
         if self.n_read > MOST_READS:
-            over = self.stream[0] if self.stream and self.stream[0].startswith("stream") else ""
-            total = self.tensor(f"stream {name}", run.n_embd, dtype=run.param_dtype, over=over)
-            self.stream, self.n_read = [self.add(total, reads=tuple(self.stream))], 1
+            reads = tuple(self.stream)
+            total = self.tensor(f"stream {name}", run.n_embd, dtype=run.param_dtype, over=reads)
+            self.stream, self.n_read = [self.add(total, reads=reads)], 1
         parts = ("mean", "rstd") if run.norm == "layernorm" else ("rstd",)
         statistics = (self.tensor(f"{name} {part}", 1, dtype="float32") for part in parts)
-        return self.add(*statistics, self.tensor(name, run.n_embd), reads=tuple(self.stream))
+        reads = tuple(self.stream)
+        return self.add(*statistics, self.tensor(name, run.n_embd, over=reads), reads=reads)
 
     def join(self, name: str) -> None:
         self.stream.append(name)
@@ -67,30 +70,36 @@ class Kernels:
 
     # ---- attention ----------------------------------------------------------------------------------------------
 
-    def heads(self, qkv: str) -> tuple[str, str, str]:
-        """Queries, keys and values as attention takes them: views of the projection, or what is made of those."""
+    def heads(self, qkv: str) -> tuple[tuple[str, ...], ...]:
+        """What queries, keys and values are read from: the projection, or what is made of it. A norm alone is made as
+        part of a copy, where there is one."""
         run = self.run
         widths = {"q": run.n_embd, "k": run.n_kv_head * run.head_size}
-        found = {"q": qkv, "k": qkv, "v": qkv}
-        rstd: dict[str, tuple[str, ...]] = {"q": (), "k": ()}
+        found: dict[str, tuple[str, ...]] = dict.fromkeys("qkv", (qkv,))
         for part, n_head in (("q", run.n_head), ("k", run.n_kv_head)) if run.qk_norm else ():
             name = self.name(f"attn.{part}")
             rows = self.tensor(f"{name} rstd", n_head, dtype="float32")
-            if run.position == "rope":
-                rstd[part] = (self.add(rows, reads=(qkv,)),)
+            if run.position == "rope" or run.attention == "math" or (part == "k" and self.repeats):
+                found[part] = (qkv, self.add(rows, reads=(qkv,)))
             else:
-                found[part] = self.add(rows, self.tensor(f"{name} normed", widths[part]), reads=(qkv,))
+                found[part] = (self.add(rows, self.tensor(f"{name} normed", widths[part]), reads=(qkv,)),)
         if run.position == "rope":
             for part, width in widths.items():
                 name = self.name(f"attn.{part}")
                 halves = [self.tensor(f"{name} half {i}", width // 2, part=True) for i in range(2)]
-                self.add(*halves, reads=(qkv, *rstd[part]))
+                self.add(*halves, reads=found[part])
                 rotated = self.tensor(f"{name} rotated", width)
-                found[part] = self.add(rotated, reads=tuple(half.name for half in halves))
+                found[part] = (self.add(rotated, reads=tuple(half.name for half in halves)),)
         return found["q"], found["k"], found["v"]
 
-    def copied(self, part: str, source: str) -> str:
-        return self.add(self.tensor(self.name(f"attn.{part} copy"), self.run.n_embd), reads=(source,))
+    @property
+    def repeats(self) -> bool:
+        """Whether keys and values are copied for each query head: the fp32 kernel knows no groups (model.py)."""
+        run = self.run
+        return run.n_kv_head != run.n_head and (run.attention == "math" or self.low == "float32")
+
+    def copied(self, part: str, *sources: str) -> tuple[str, ...]:
+        return (self.add(self.tensor(self.name(f"attn.{part} copy"), self.run.n_embd), reads=sources),)
 
     def attention(self, x: str) -> str:
         run, c = self.run, self.run.n_embd
@@ -99,31 +108,38 @@ class Kernels:
         if run.attention == "math":
             y = self.scores(q, k, v)
         else:
-            if run.n_kv_head != run.n_head and self.low == "float32":  # that kernel knows no groups (model.py)
-                k, v = self.copied("k", k), self.copied("v", v)
+            if self.repeats:
+                k, v = self.copied("k", *k), self.copied("v", *v)
             y = self.name("attn.y")
-            rows = Made(f"{y} log-sum-exp", (run.batch_size, run.n_head, run.block_size), "float32", fresh=True)
-            self.add(rows, self.tensor(y, c, fresh=True), reads=(q, k, v), call=True)
+            extra = [Made(f"{y} random {part}", (), "int64", unseen=True) for part in ("seed", "offset")]
+            if self.low != "float32":
+                rows = (run.batch_size, run.n_head, run.block_size)
+                extra.append(Made(f"{y} log-sum-exp", rows, "float32", unseen=True))
+            self.add(*extra, self.tensor(y, c, fresh=True), reads=(*q, *k, *v), call=True)
             if run.position == "rope" and self.low != "float32" and run.n_head > 1:  # it lies by head, as q does
-                y = self.copied("y", y)
+                (y,) = self.copied("y", y)
         return self.linear(self.name("attn.c_proj"), c, c, y, bias=run.bias)
 
-    def scores(self, q: str, k: str, v: str) -> str:
+    def scores(self, q: tuple[str, ...], k: tuple[str, ...], v: tuple[str, ...]) -> str:
         """Attention written out: the scores, softmax of them in fp32 and in low precision."""
         run = self.run
         y, shape = self.name("attn.y"), (run.batch_size, run.n_head, run.block_size, run.block_size)
 
-        def matrix(label: str, dtype: str, **more: bool | str) -> tuple[Made, Made]:
+        def matrix(label: str, dtype: str, over: str) -> tuple[Made, Made]:
             row = Made(f"{y} {label} row", (*shape[:3], 1), "float32")
-            return row, Made(f"{y} {label}", shape, dtype, **more)  # pyright: ignore[reportArgumentType]
+            return row, Made(f"{y} {label}", shape, dtype, over=(over,))
 
-        q, k = self.copied("q", q), self.copied("k", k)
-        scores = self.add(Made(f"{y} scores", shape, self.low), reads=(q, k), call=True)
-        high = self.add(*matrix("exponentials", "float32"), reads=(scores,))
-        low = self.add(*matrix("probabilities", self.low), reads=(high,))
-        v = self.copied("v", v)
-        product = self.add(self.tensor(y, run.n_embd), reads=(low, v), call=True)
-        return self.copied("y", product)
+        apart = run.batch_size > 1 and run.n_head > 1  # heads of a view are no batch of matrices then
+        q = self.copied("q", *q)
+        if self.repeats or (run.position != "rope" and (apart or run.qk_norm)):
+            k = self.copied("k", *k)
+        scores = self.add(Made(f"{y} scores", shape, self.low), reads=(*q, *k), call=True)
+        high = self.add(*matrix("exponentials", "float32", scores), reads=(scores,))
+        low = self.add(*matrix("probabilities", self.low, high), reads=(high,))
+        if self.repeats or apart:
+            v = self.copied("v", *v)
+        product = self.add(self.tensor(y, run.n_embd), reads=(low, *v), call=True)
+        return self.copied("y", product)[0] if run.n_head > 1 else product
 
     # ---- all of it ----------------------------------------------------------------------------------------------
 
@@ -131,7 +147,7 @@ class Kernels:
         run, c, hidden = self.run, self.run.n_embd, self.run.n_hidden
         inner = [self.linear(self.name("mlp.c_gate"), c, hidden, x, bias=run.bias)] if run.mlp == "swiglu" else []
         inner.append(self.linear(self.name("mlp.c_fc"), c, hidden, x, bias=run.bias))
-        h = self.add(self.tensor(self.name("mlp.h"), hidden, over=inner[0]), reads=tuple(inner))
+        h = self.add(self.tensor(self.name("mlp.h"), hidden, over=tuple(inner)), reads=tuple(inner))
         return self.linear(self.name("mlp.c_proj"), hidden, c, h, bias=run.bias)
 
     def blocks(self) -> str:
@@ -146,7 +162,7 @@ class Kernels:
         run = self.run
         logits = head = self.linear("lm_head", run.n_embd, run.vocab_size, x, category="logits")
         if run.logit_softcap:
-            capped = self.tensor("logits capped", run.vocab_size, dtype="float32", category="logits", over=logits)
+            capped = self.tensor("logits capped", run.vocab_size, dtype="float32", category="logits", over=(logits,))
             logits = self.add(capped, reads=(logits,))
         rows = (self.tensor(f"loss {part}", 1, dtype="float32") for part in ("maximum", "log-sum"))
         self.add(*rows, reads=(logits,))

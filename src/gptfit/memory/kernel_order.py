@@ -14,16 +14,19 @@ from gptfit.memory.tape import DTYPE_BYTES, Buffer, Event, make_buffer
 
 
 class Made(NamedTuple):
-    """What a kernel writes. `over` names the buffer whose place it takes, if nothing else reads that; what is `fresh`
-    is made by the library itself, which asks nobody for a place; a `part` lies within the buffer that is made of it,
-    and is counted twice where inductor compares orders."""
+    """What a kernel writes. It takes the place of the first buffer of its size in `over` that nothing else reads.
+
+    What is `fresh` is made by the library itself, which asks nobody for a place; what is `unseen`, too, and nobody asks
+    for it. A `part` lies within the buffer that is made of it; inductor counts both where it compares orders.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     category: str = "activation"
-    over: str = ""
+    over: tuple[str, ...] = ()
     fresh: bool = False
+    unseen: bool = False
     part: bool = False
 
     @property
@@ -46,7 +49,7 @@ class Uses:
     """Who makes and who reads what in a list of kernels."""
 
     def __init__(self, kernels: Sequence[Kernel], outputs: frozenset[str]) -> None:
-        self.sizes = {made.name: made.n_bytes for kernel in kernels for made in kernel.makes}
+        self.sizes = {made.name: 0 if made.unseen else made.n_bytes for kernel in kernels for made in kernel.makes}
         self.outputs = outputs
         self.readers: defaultdict[str, list[int]] = defaultdict(list)
         for index, kernel in enumerate(kernels):
@@ -155,10 +158,16 @@ def planned(kernels: Sequence[Kernel], outputs: frozenset[str]) -> tuple[list[Ev
         for made in kernel.makes:
             if made.part:
                 continue
-            idle = pool[keys[made.name]]
-            if made.over and last.get(made.over) == index and made.over in places:
-                places[made.name] = places.pop(made.over)
-            elif not made.fresh and idle and may_wait(profile, idle[-1].freed_at, index, made.n_bytes, peak):
+            key = keys[made.name]
+            idle = pool[key]
+            over = next((one for one in made.over if last[one] == index and one in places and keys[one] == key), "")
+            if over:
+                places[made.name] = places.pop(over)
+            elif (
+                not (made.fresh or made.unseen)
+                and idle
+                and may_wait(profile, idle[-1].freed_at, index, made.n_bytes, peak)
+            ):
                 place = places[made.name] = idle.pop()
                 found[place.last_free] = None
                 for step in range(place.freed_at + 1, index):
