@@ -8,6 +8,7 @@ import pytest
 
 from gptfit.errors import GptfitError
 from gptfit.gpus import PROFILES, all_gpus, gpu_names, read_profile
+from gptfit.report.cards import gpus_json
 from gptfit.units import GiB, MiB
 
 GPUS = all_gpus()
@@ -281,3 +282,18 @@ print(len(opened))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip() == "4"
+
+
+def test_what_ends_in_bytes_is_bytes_in_the_record_too() -> None:
+    """Sources are text: each is called as its figure is, without the unit."""
+
+    def pairs(value: object) -> list[tuple[str, object]]:
+        if isinstance(value, dict):
+            return [pair for key, inner in value.items() for pair in [(key, inner), *pairs(inner)]]
+        return [pair for inner in value for pair in pairs(inner)] if isinstance(value, list) else []
+
+    record = gpus_json(GPUS)
+    sizes = [value for key, value in pairs(record) if key.endswith("_bytes")]
+    assert len(sizes) >= 5 * len(GPUS) and all(type(value) is int for value in sizes)
+    (first, *_) = [card for card in record["gpus"] if card["name"] == "rtx4070"]
+    assert first["sources"]["total"] == BY_NAME["rtx4070"].sources["total_bytes"]

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.columns import Columns
 from rich.console import RenderableType
@@ -71,9 +71,16 @@ def figure_text(key: str, value: object) -> str:
     return "\n".join(f"{name} {rate / 1e12:,.4g} TFLOP/s" for name, rate in rates.items() if rate is not None)
 
 
-def gpus_json(profiles: Iterable[GpuProfile]) -> dict[str, object]:
-    """The object that `gptfit gpus --json` prints."""
-    return {"schema": "gptfit.gpus/1", "gpus": [profile.model_dump(mode="json") for profile in profiles]}
+def gpus_json(profiles: Iterable[GpuProfile]) -> dict[str, Any]:
+    """The object that `gptfit gpus --json` prints: a source has its figure's name without `_bytes`, as it is text."""
+    return {
+        "schema": "gptfit.gpus/1",
+        "gpus": [
+            profile.model_dump(mode="json")
+            | {"sources": {key.removesuffix("_bytes"): source for key, source in profile.sources.items()}}
+            for profile in profiles
+        ],
+    }
 
 
 def seen_view(seen: "Sequence[DriverGpu]") -> Iterator[RenderableType]:
