@@ -88,6 +88,7 @@ def test_the_verdict_is_the_exit_code(gptfit: Any, words: tuple[str, ...], code:
         ("replay missing.json", "cannot read missing.json: ", "path of a recording"),
         ("explain-oom missing.txt", 'cannot read "missing.txt": no such file', "gptfit explain-oom"),
         ("sample --out missing", 'there is no checkpoint in "missing"', "--out"),
+        ("estimate gpt2 --reserve 2GiB", "--reserve 2GiB is what others hold on a card", "--gpu rtx4070"),
         ("data prepare missing.txt --out d", 'there is no file or folder "missing.txt"', ""),
     ],
 )
@@ -189,18 +190,29 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
         ("plan --gpu rtx4071 2>&-", 2, ""),
         ("plan --gpu rtx4070 <&- >&- 2>&-", 0, ""),
         ("explain-oom <&-", 2, "error: the pasted text is empty, expected the text of an error"),
+        *(
+            pytest.param(
+                f"{words} > /dev/full",
+                2,
+                "error: cannot write the answer: no space left on device",
+                marks=pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux alone has it"),
+            )
+            for words in ("estimate --json", "models", "--help", "plan --help", "--version", "data")
+        ),
         pytest.param(
-            "estimate --json > /dev/full",
+            "plan --gpu rtx4071 2> /dev/full",
             2,
-            "error: cannot write the answer: no space left on device",
+            "",
             marks=pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux alone has it"),
         ),
+        ("--help | head -1", 0, ""),
+        ("plan --gpu rtx4070 --json | head -1", 0, ""),
     ],
 )
 def test_streams_may_be_closed_or_full(redirection: str, code: int, said: str) -> None:
     line = f"{shlex.quote(sys.executable)} -m gptfit {redirection}"
     done = subprocess.run(["sh", "-c", line], capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stdout) == (code, "")
+    assert done.returncode == code and len(done.stdout.splitlines()) == line.count("| head -1")
     assert (done.stderr.splitlines() or [""])[0] == said
 
 

@@ -44,7 +44,7 @@ def find_card(gpu: str | None, reserve: str | None = None) -> Card | None:
 
     `reserve` is a size as typed. A named card that usually drives a desktop is planned for with one on it, a detected
     one with what its driver says is free. Of several it is the first that CUDA would take. Raises GptfitError for an
-    unknown name or size, for several names, and for `auto` without a driver.
+    unknown name or size, for several names, and for `auto`, or a `reserve`, without a driver.
     """
     reserve_bytes = parse_size(reserve) if reserve is not None else None
     if gpu is not None and gpu != "auto":
@@ -56,6 +56,11 @@ def find_card(gpu: str | None, reserve: str | None = None) -> Card | None:
     seen = choose(detect(), os.environ)
     if seen is None and gpu == "auto":
         raise GptfitError("there is no GPU driver to ask", "name a card: --gpu rtx4070 (gptfit gpus lists them)")
+    if seen is None and reserve is not None:
+        raise GptfitError(
+            f"--reserve {reserve[:60]} is what others hold on a card, and there is none here",
+            "name the card: --gpu rtx4070 (gptfit gpus lists them)",
+        )
     return None if seen is None else detected_card(seen, reserve_bytes)
 
 

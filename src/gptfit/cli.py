@@ -2,9 +2,11 @@
 heavy is imported inside of it. Answers go to stdout, everything else to stderr.
 """
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Annotated, NoReturn
 
 import typer
@@ -14,6 +16,9 @@ from gptfit import __version__
 from gptfit.commands import cards, check, fit, here, runs
 from gptfit.errors import GptfitError
 from gptfit.options import INTERRUPTED, UNANSWERED, YES
+
+# What a device says that takes no more: full, over quota, over the size of a file, broken.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 app = typer.Typer(
     name="gptfit",
@@ -67,6 +72,11 @@ def _explain(error: Exception, debug: bool) -> int:
         message = message[:1].lower() + message[1:]
         context = getattr(error, "ctx", None)
         hint = f"see: {context.command_path if context else 'gptfit'} --help"
+    elif isinstance(error, OSError) and error.errno in FULL:
+        from gptfit.report.output import close_quietly
+
+        close_quietly()  # what is still to be written would fail again
+        message, hint = f"cannot write {error.filename or 'the answer'}: {(error.strerror or '').lower()}", ""
     else:
         message = " ".join(f"internal error: {type(error).__name__}: {error}".split())[:500]
         hint = "please report it; the same command with --debug says where it happened"
@@ -74,9 +84,8 @@ def _explain(error: Exception, debug: bool) -> int:
         import traceback
 
         traceback.print_exception(error)
-    print(f"error: {message}", file=sys.stderr)
-    if hint:
-        print(f"hint: {hint}", file=sys.stderr)
+    with suppress(OSError):  # where stderr is full, too, the exit code alone can tell
+        print(f"error: {message}" + (f"\nhint: {hint}" if hint else ""), file=sys.stderr, flush=True)
     return UNANSWERED
 
 
