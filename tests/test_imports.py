@@ -64,6 +64,20 @@ def test_commands_that_answer_at_once_import_nothing_heavy(tmp_path: Path) -> No
     assert failed == {}, "a command that fails early proves nothing"
 
 
+def test_what_is_not_there_is_told_before_torch_is_loaded(tmp_path: Path) -> None:
+    missing = str(tmp_path / "missing")
+    lines = [
+        ["sample", "--out", missing],
+        ["export", "--out", missing],
+        ["export", "--format", "gguf"],
+        ["trace", f"{missing}.py:make"],
+        ["trace", missing],
+        ["train", f"{missing}.yaml"],
+        ["verify", f"{missing}.yaml"],
+    ]
+    assert list(heavy_after(lines).values()) == [[2, []]] * len(lines)
+
+
 def test_this_check_can_fail() -> None:
     seen = heavy_after([["models"]], heavy=("typer",))
     assert [names for _, names in seen.values()] == [["typer"]]

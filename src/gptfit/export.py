@@ -8,13 +8,12 @@ from typing import Any
 import torch
 
 from gptfit.checkpoint import Checkpoint, latest_valid
-from gptfit.errors import GptfitError, nearest
+from gptfit.errors import GptfitError
 from gptfit.huggingface_weights import to_huggingface
+from gptfit.named import check_format, no_checkpoint
 from gptfit.nanogpt_file import OTHER_TRAIN_PY, TRAIN_PY
 from gptfit.replacing import replacing
 from gptfit.tokenizer import get_tokenizer
-
-FORMATS = ("hf", "nanogpt")
 
 # What nanoGPT's model.py can be, beside its model_args.
 NANOGPT_MODEL = {
@@ -45,11 +44,10 @@ def export(out_dir: Path | str, to: Path | str | None = None, format: str = "hf"
     Raises GptfitError where there is no checkpoint, for a model that the form cannot express, for an unknown form,
     and where nothing can be written.
     """
-    if format not in FORMATS:
-        raise GptfitError(f'unknown format "{format}"{nearest(format, FORMATS, 1)}', f"formats: {', '.join(FORMATS)}")
+    check_format(format)
     found = latest_valid(Path(out_dir))
     if found is None:
-        raise GptfitError(f'there is no checkpoint in "{out_dir}"', "give the --out folder of a gptfit train")
+        raise no_checkpoint(out_dir)
     folder = Path(to) if to is not None else Path(out_dir) / format
     writer = _write_huggingface if format == "hf" else _write_nanogpt
     files, model = writer(replace(found.checkpoint, ema={}) if raw else found.checkpoint, folder)

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from gptfit.config import shown
 from gptfit.errors import GptfitError, nearest
+from gptfit.named import FORM, function_in
 
-FORM = "write it as FILE.py:NAME, where NAME is a function in FILE.py that makes the step"
 RETURNS = "return (module, batch) or a callable that runs one micro-step, and behind it the optimizer if there is one"
 
 # What torch says where code asks for the memory of a tensor that has none, and what to do about it.
@@ -100,14 +100,7 @@ def load_factory(spec: str) -> Factory:
 
     Raises GptfitError for a file or a name that is not there, and for an exception in the file.
     """
-    text, colon, name = spec.rpartition(":")
-    if not colon or not text or not name.isidentifier():
-        raise GptfitError(f'"{shown(spec)}" names no function of a file', FORM)
-    path = Path(text)
-    if not path.is_file():
-        beside = [str(other) for other in path.parent.glob("*.py")] if path.parent.is_dir() else []
-        raise GptfitError(f"there is no file {shown(text)}{nearest(text, beside)}", FORM)
-    path = path.resolve()
+    path, name = function_in(spec)
     with users_code(path):
         module = import_file(path)
     function = getattr(module, name, None)

@@ -10,6 +10,7 @@ from gptfit.config import derive
 from gptfit.device import adapt, pick_device
 from gptfit.errors import GptfitError
 from gptfit.model import GPT
+from gptfit.named import no_checkpoint
 from gptfit.tokenizer import Tokenizer, get_tokenizer
 
 
@@ -31,7 +32,7 @@ def sample(
     """
     found = latest_valid(Path(checkpoint_dir))
     if found is None:
-        raise GptfitError(f'there is no checkpoint in "{checkpoint_dir}"', "give the --out folder of a gptfit train")
+        raise no_checkpoint(checkpoint_dir)
     if temperature < 0 or top_k < 0 or n_tokens < 0:
         raise GptfitError(
             f"temperature={temperature} top_k={top_k} n_tokens={n_tokens}: none may be negative", "0.8, 200 and 500"

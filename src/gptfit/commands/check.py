@@ -80,13 +80,16 @@ def trace(
     of its arguments, or dtype, optimizer, optimizer_impl, grad_clip, gradient_accumulation_steps or compile.
     """
     from gptfit.card import find_card, need_card
+    from gptfit.named import function_in
     from gptfit.report.output import respond
-    from gptfit.report.traces import after_trace, fit_view, notes_view, trace_view
     from gptfit.scalars import parse_override
 
     asked = asked_for(context, words)
     keys = dict(map(parse_override, asked.overrides))
     card = need_card(gpu, reserve, "trace --fit") if fit else find_card(gpu, reserve)
+    function_in(asked.config or "")
+    from gptfit.report.traces import after_trace, fit_view, notes_view, trace_view  # torch, once there is a file
+
     if fit and card is not None:
         from gptfit.tracefit import fit_batch
 

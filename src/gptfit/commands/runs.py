@@ -134,8 +134,11 @@ def sample(
     raw: Raw = False,
 ) -> None:
     """Text from the newest checkpoint of a run."""
+    from gptfit.named import check_checkpoint
     from gptfit.report.output import write
-    from gptfit.sample import sample as draw
+
+    check_checkpoint(out)
+    from gptfit.sample import sample as draw  # torch, once there is something to load
 
     write(draw(out, prompt, tokens, temperature, top_k, seed, device, raw) + "\n")
 
@@ -191,8 +194,12 @@ def export(
     raw: Raw = False,
 ) -> None:
     """The newest checkpoint of a run, for Hugging Face transformers or nanoGPT."""
-    from gptfit.export import export as write_export
+    from gptfit.named import check_checkpoint, check_format
     from gptfit.report.output import write
+
+    check_format(format)
+    check_checkpoint(out)
+    from gptfit.export import export as write_export  # torch, once there is something to write
 
     answer = write_export(out, to, format, raw)
     write(f"{answer.model}, step {answer.step}\n" + "".join(f"{path}\n" for path in answer.files))
