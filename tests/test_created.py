@@ -8,12 +8,17 @@ import numpy as np
 import pytest
 import torch
 
+from gptfit import launch
+from gptfit.asked import Asked
 from gptfit.checkpoint import latest_valid
 from gptfit.config import RunConfig, derive, make_run
 from gptfit.created import CREATED, as_resumed, created_least, held_bytes
+from gptfit.device import ALLOCATOR_VARIABLES
 from gptfit.door import read_config
+from gptfit.driver import DriverGpu
 from gptfit.errors import GptfitError
 from gptfit.gpus import load_gpu
+from gptfit.launch import Launch
 from gptfit.memory.overhead import cublas_workspace_bytes
 from gptfit.memory.reserve import replay_tape, with_workspaces
 from gptfit.memory.step import first_steps, pieces, setup_items
@@ -208,6 +213,40 @@ def test_a_plan_takes_it_says_so_and_can_be_told_not_to() -> None:
     assert found.estimate.live_bytes == kept.estimate.live_bytes
     assert expandable.run and expandable.run.created_first == "nothing"
     assert not any("created" in note for note in expandable.notes)
+
+
+def launched(monkeypatch: pytest.MonkeyPatch, *overrides: str, **how: Any) -> Launch:
+    """What auto-fit decides on a machine with an RTX 4070, as far as deciding goes."""
+    seen = DriverGpu(0, "GPU-12ab", "NVIDIA GeForce RTX 4070", 12282 << 20, 10752 << 20, 1530 << 20, "580.1")
+    for name, fake in {
+        "detect": lambda: [seen],
+        "gpu_uuid": lambda _: "12ab",
+        "adapt": lambda run, _: (run, ()),
+    }.items():
+        monkeypatch.setattr(launch, name, fake)
+    monkeypatch.setattr(launch, "pick_device", lambda _: torch.device("cuda"))
+    shape = tuple(f"{key}={value}" for key, value in FRAGMENTED.items() if key not in ("expandable_segments", "loss"))
+    return launch.prepare_launch(Asked("gpt2", (*shape, *overrides)), **how)
+
+
+def test_auto_fit_plans_for_the_segments_that_there_will_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.platform", "linux")
+    for name in ALLOCATOR_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    assert launched(monkeypatch, auto_fit=True).run.expandable_segments
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "max_split_size_mb:64, expandable_segments:False")
+    found = launched(monkeypatch, auto_fit=True)
+    assert not found.run.expandable_segments and any("expandable_segments=False" in note for note in found.notes)
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    monkeypatch.setattr("sys.platform", "win32")
+    assert not launched(monkeypatch, auto_fit=True).run.expandable_segments
+
+
+def test_a_resumed_run_is_predicted_with_its_states(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    begun = launched(monkeypatch, PLAIN, "loss=full")
+    resumed = launched(monkeypatch, PLAIN, "loss=full", resume_from=tmp_path)
+    assert begun.run == resumed.run and begun.estimate and resumed.estimate
+    assert resumed.estimate.reserved_bytes < 0.92 * begun.estimate.reserved_bytes
 
 
 def test_a_resumed_run_has_its_states_from_the_start() -> None:

@@ -65,6 +65,12 @@ def set_expandable_segments(wanted: bool) -> None:
         torch.cuda.memory._set_allocator_settings(EXPANDABLE)
 
 
+def has_expandable_segments() -> bool:
+    """Whether torch's CUDA allocator has them once they are asked for: on Linux, unless the environment says no."""
+    settings = next((os.environ[name] for name in ALLOCATOR_VARIABLES if os.environ.get(name)), "")
+    return sys.platform == "linux" and "expandable_segments:False" not in settings.replace(" ", "")
+
+
 def pick_device(name: str = "") -> torch.device:
     """The device `name`, or the best there is: CUDA, else the CPU. (Apple's mps only by name: not tried.)
 

@@ -9,9 +9,9 @@ import torch
 from gptfit.asked import Asked
 from gptfit.autofit import AutoFit
 from gptfit.card import Card, detected_card
-from gptfit.config import RunConfig
+from gptfit.config import RunConfig, derive
 from gptfit.created import as_resumed
-from gptfit.device import adapt, pick_device
+from gptfit.device import adapt, has_expandable_segments, pick_device
 from gptfit.door import ConfigSource, read_config
 from gptfit.driver import DriverGpu, detect
 from gptfit.errors import GptfitError
@@ -100,8 +100,11 @@ def prepare_launch(
     except GptfitError as error:
         return Launch(source.run, notes=(*source.notes, f"not estimated: {error.message}"))
     run, notes = adapt(source.run, device)
+    if run.expandable_segments and not has_expandable_segments():
+        run = derive(run, expandable_segments=False)
+        notes = (*notes, "expandable_segments=False: this system or its environment has none")
     if auto_fit and resume_from is None:
-        return plan_launch(replace(source, run=run), card, gpu)
+        return plan_launch(replace(source, run=run, notes=(*source.notes, *notes)), card, gpu)
     begun = as_resumed(run) if resume_from is not None else run
     estimated = estimate(begun, "gptfit", card.profile, card.reserve_bytes)
     launch = Launch(run, estimated, notes=(*source.notes, *card.notes, *notes))
