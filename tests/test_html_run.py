@@ -132,6 +132,27 @@ def test_memory_and_speed_are_beside_what_was_predicted(tmp_path: Path) -> None:
     assert rows == [("64", "16")], "as given, chosen"
 
 
+def test_train_leaves_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The command itself: to its end, resumed, and refused where there is a run already."""
+    keys = {"n_layer": 1, "n_head": 2, "n_embd": 32, "block_size": 16, "vocab_size": 257, "batch_size": 2}
+    more = ("gradient_accumulation_steps=1", "tokenizer=byte", "compile=false", "dtype=float32", "eval_iters=1")
+    words = ("train", *(f"{key}={value}" for key, value in keys.items()), *more, "--device", "cpu")
+    out = tmp_path / "a run"
+    code, _, err = ran(capsys, *words, "max_iters=2", "--out", str(out))
+    assert code == 0 and err.splitlines()[-1] == f"report {out / 'report.html'}", err
+    reader = page_of(out)
+    assert "finished: 2 of 2 steps" in reader.texts and "not measured: no GPU" in reader.texts
+    assert "after step 2, on cpu" not in reader.text
+    page = (out / "report.html").read_bytes()
+    assert ran(capsys, *words, "max_iters=2", "--out", str(out))[0] == 2
+    assert (out / "report.html").read_bytes() == page, "what is refused leaves the page of the run that is there"
+    code, _, err = ran(capsys, *words, "max_iters=4", "learning_rate=1e11", "grad_clip=0", "warmup_iters=0",
+                       "decay_lr=false", "--resume", "--out", str(out))  # fmt: skip
+    text = page_of(out).text
+    assert "after step 2, on cpu, micro-batches of 2, 1 a step" in text
+    assert code == 2 and "failed after step 3 of 4" in text and "the loss is " in text
+
+
 def test_a_run_that_fails_says_why_and_the_error_goes_on(tmp_path: Path) -> None:
     with pytest.raises(GptfitError, match="no number"):
         trained(tmp_path, [started(tmp_path), step(1)], error=GptfitError("step 2: the loss is no number"))
