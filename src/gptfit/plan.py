@@ -31,6 +31,8 @@ FREE: dict[str, tuple[object, ...]] = {
     "optimizer_impl": ("fused",),
     "activation_memory_budget": (1.0, 0.9),
 }
+# Tried for a chunked loss beside the run's own size: the larger, the fewer times the head's gradient is added up.
+CHUNK_SIZES = (2048, 4096, 8192)
 # Tried when nothing fits, or with --allow: these change the numbers.
 LAST_RESORT: dict[str, tuple[object, ...]] = {
     "optimizer": ("adamw16bit", "adamw8bit"),
@@ -223,6 +225,10 @@ def options(run: RunConfig, profile: GpuProfile, kept: Iterable[str], allow: Seq
         if (key in allow or any(name in LAST_RESORT[key] for name in allow)) and key not in kept:
             free[key] = (getattr(run, key), *(value for value in LAST_RESORT[key] if value != getattr(run, key)))
     every = [dict(zip(free, values, strict=True)) for values in product(*free.values())]
+    if "loss_chunk_size" not in kept:
+        chunked = [choice for choice in every if choice.get("loss", run.loss) == "chunked"]
+        sizes = [size for size in CHUNK_SIZES if size > run.loss_chunk_size]
+        every += [{**choice, "loss_chunk_size": size} for choice in chunked for size in sizes]
     return [choice for choice in every if _is_valid(run, choice)]
 
 
@@ -334,8 +340,10 @@ class Search:
         sure: list[Candidate] = []
         unsure: list[Candidate] = []
         limits: dict[Combination, int] = {}
+        settled: set[tuple[object, ...]] = set()  # those that fit with a chunk at least as fast
         for combination, micro_batch in ranked:
-            if micro_batch > limits.get(combination, micro_batch):
+            but_for_chunk = (micro_batch, *(item for item in combination.keys.items() if item[0] != "loss_chunk_size"))
+            if micro_batch > limits.get(combination, micro_batch) or but_for_chunk in settled:
                 continue
             run = combination.run(micro_batch)
             full = estimate(run, "gptfit", self.profile, self.reserve_bytes, self.risk, squeeze=False)
@@ -347,6 +355,7 @@ class Search:
             missing = full.interval.high_bytes - self.usable_bytes
             if missing <= 0:
                 sure.append(candidate)
+                settled.add(but_for_chunk)
                 if len(sure) >= self.finalists:
                     break
                 continue

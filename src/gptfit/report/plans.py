@@ -34,6 +34,7 @@ SHORT = {
     "gradient_accumulation_steps": "accumulation",
     "activation_checkpointing": "checkpointing",
     "activation_memory_budget": "memory budget",
+    "loss_chunk_size": "chunk",
 }
 
 # What nanoGPT's train.py takes on its command line, of what a lever changes.
@@ -90,14 +91,17 @@ def candidates_view(plan: Plan) -> Iterator[RenderableType]:
     shown = plan.candidates[:MAX_CANDIDATES]
     if len(shown) < 2:
         return
-    keys = [key for key in shown[0].choice if any(other.choice.get(key) != shown[0].choice[key] for other in shown)]
-    # Those of other tokens a step rank lower, however fast.
-    columns = ("reserved", "tokens a step", "tokens/s")
+    chosen = dict.fromkeys(key for candidate in shown for key in candidate.choice)
+    keys = [key for key in chosen if len({getattr(candidate.run, key) for candidate in shown}) > 1]
+    differ = (
+        len({candidate.estimate.tokens_per_step for candidate in shown}) > 1
+    )  # those of other tokens a step rank lower, however fast
+    columns = ("reserved", *(["tokens a step"] if differ else []), "tokens/s")
     rows = [
         (
-            *(f"{candidate.choice.get(key, getattr(candidate.run, key))}" for key in keys),
+            *(f"{getattr(candidate.run, key)}" for key in keys),
             format_bytes(candidate.estimate.reserved_bytes),
-            f"{candidate.estimate.tokens_per_step:,}",
+            *([f"{candidate.estimate.tokens_per_step:,}"] if differ else []),
             f"{candidate.estimate.speed.tokens_per_second:,.0f}" if candidate.estimate.speed else "",
         )
         for candidate in shown
