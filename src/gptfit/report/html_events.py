@@ -92,7 +92,7 @@ def note_kind(text: str) -> str:
 def where(steps: list[int]) -> str:
     if len(steps) == 1:
         return f"step {steps[0]:,}"
-    return f"{len(steps)}: {steps[0]:,} to {steps[-1]:,}" if len(steps) > 2 else f"{steps[0]:,}, {steps[1]:,}"
+    return f"{len(steps)}: {steps[0]:,} to {steps[-1]:,}" if len(steps) > 2 else f"steps {steps[0]:,}, {steps[1]:,}"
 
 
 def told(facts: RunFacts) -> Iterator[tuple[str, str, str, str]]:

@@ -97,7 +97,7 @@ def rows(facts: RunFacts, known: list[Held], process: tuple[int, int, int] | Non
         found.append(("the card, all processes", "", text(used), ""))
     found += [(f"limit: {words}", text(n), "", "") for words, n in limits(facts)]
     if not any(row[2] for row in found):
-        return table(("memory", "predicted"), [row[:2] for row in found], "As a table", ("predicted",))
+        return table(("memory", "predicted"), [row[:2] for row in found], "The same as a table", ("predicted",))
     about = "Measured: the most of any step; the difference in per cent of it"
     return table(("memory", "predicted", "measured", "off"), found, about, ("predicted", "measured", "off"))
 
