@@ -118,7 +118,10 @@ class _Writer(FileSystemWriter):
         for number, items in enumerate(_bins(plan.items)):
             name = f"{plan.storage_data.prefix}{number}.distcp"
             files.put((self.fs.concat_path(self.path, name), name, items))
-        return self._write_data(planner, files)
+        try:
+            return self._write_data(planner, files)
+        except RuntimeError as error:  # torch.save's: the cause is lost on the way to the other ranks
+            raise os_error(error) or error from error
 
     def storage_meta(self) -> None:
         return None
