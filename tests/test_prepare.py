@@ -227,7 +227,7 @@ def test_other_sources_or_options_are_not_gone_on_with(
         return " ".join(done.err.split())
 
     assert "--val-fraction was 0.05 then, 0.1 now" in refused([*command, "--val-fraction", "0.1"])
-    assert "--shard-size was not given then, 1048576 now" in refused([*command, "--shard-size", "1MiB"])
+    assert "--shard-size was not given then, 1MiB now" in refused([*command, "--shard-size", "1MiB"])
     assert "--split was tail then, documents now" in refused([*command[:-1], "documents"])
     assert f'{files[-1]}" is no longer among' in refused([w for w in command if w != str(files[-1])])
     assert f'{a}" is no longer among' in refused([w for w in command if w != str(a)])
@@ -264,10 +264,10 @@ def test_a_full_disk_keeps_what_is_done(tmp_path: Path, monkeypatch: pytest.Monk
         prepare(files, "byte", out)
     n = unfinished.read(out)[1].n
     assert n and f"the same command goes on from {n:,} tokens" in caught.value.hint
-    began: list[int] = []
-    prepare(files, "byte", out, on_begin=lambda n, _line: began.append(n))
+    began: list[str] = []
+    prepare(files, "byte", out, on_begin=began.append)
     prepare(files, "byte", tmp_path / "whole")
-    assert began == [n] and made(out) == made(tmp_path / "whole")
+    assert began[0].startswith(f"going on from {n:,} tokens, file ") and made(out) == made(tmp_path / "whole")
 
 
 def test_two_at_once_do_not_mix(tmp_path: Path) -> None:
@@ -349,10 +349,10 @@ def test_a_pipe_begins_anew_and_says_so(tmp_path: Path, monkeypatch: pytest.Monk
     said: list[str] = []
     feed()
     with pytest.raises(Killed), killed_at(monkeypatch, 20):
-        prepare(["-"], "byte", tmp_path / "out", on_begin=lambda _n, line: said.append(line))
+        prepare(["-"], "byte", tmp_path / "out", on_begin=said.append)
     assert unfinished.read(tmp_path / "out")[1].n == 0 and (tmp_path / "out" / ".preparing").is_dir()
     feed()
-    done = prepare(["-"], "byte", tmp_path / "out", on_begin=lambda _n, line: said.append(line))
+    done = prepare(["-"], "byte", tmp_path / "out", on_begin=said.append)
     assert done.n_train + done.n_val == 2000
     assert said == ["stdin comes once: cut short, this begins anew; from a file it would go on"] * 2
 

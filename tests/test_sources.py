@@ -226,7 +226,7 @@ def test_a_counter_speaks_seldom_and_cleans_its_line(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("time.monotonic", lambda: now[0])
     terminal, pipe = Terminal(), io.StringIO()
     with Counter(terminal) as shown, Counter(pipe) as logged:
-        for second in range(1, 62):
+        for second in range(0, 62):
             now[0] = float(second)
             shown(second * 1000)
             logged(second * 1000)

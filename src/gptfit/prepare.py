@@ -24,7 +24,7 @@ from gptfit.replacing import FULL, replacing, sync_folder
 from gptfit.shards import ShardWriter, shard_path
 from gptfit.sources import Listed, Piece, Place, Source, Unreadable, blocks, kind, list_files, pieces
 from gptfit.tokenizer import Tokenizer, get_tokenizer
-from gptfit.unfinished import ONCE, WORK, Progress, asked, begin, forget, locked, read, reads_once, save
+from gptfit.unfinished import ONCE, WORK, Progress, as_typed, asked, begin, forget, locked, read, reads_once, save
 
 __all__ = ["META", "Prepared", "blocks", "prepare"]
 
@@ -39,8 +39,8 @@ SPLITS = ("documents", "tail")
 
 # Told the tokens so far, and the share of the sources' bytes that was read for them.
 OnProgress = Callable[[int, float], None]
-# Told the tokens that it begins with, and a line about it.
-OnBegin = Callable[[int, str], None]
+# Told what it begins with, where that is not nothing.
+OnBegin = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +108,7 @@ def prepare(
         progress = begin(folder, question, restart)
         job = _Job(folder, listed, coder, question, workers, on_progress)
         if on_begin is not None and (progress.n or reads_once(question)):
-            on_begin(progress.n, _first_line(progress, len(listed.files)))
+            on_begin(_first_line(progress, len(listed.files)))
         with job.unharmed():
             progress = progress if progress.meta else job.make(progress)
             return job.place(progress)
@@ -174,6 +174,8 @@ class _Job:
     def write(self, progress: Progress, train: ShardWriter, val: ShardWriter) -> Progress:
         """Every document into its part, end-of-text between two of a part."""
         fraction = self.options["val_fraction"] if self.options["split"] == "documents" else 0.0
+        if self.on_progress is not None:
+            self.on_progress(progress.n, self.share(progress.place))
         rest = pieces(self.listed.files, self.options["field"], progress.place)
         for batch, ids in encoded(batches(_marked(rest, fraction, progress.lot)), self.coder, self.workers):
             for part, made in ((train, ids.train), (val, ids.val)):
@@ -284,7 +286,7 @@ def _command(
     given = {"--tokenizer": tokenizer, "--field": field, "--split": split}
     words += [word for option, value in given.items() if value and value != "byte" for word in (option, value)]
     words += ["--val-fraction", str(val_fraction)] if val_fraction != 0.05 else []
-    words += ["--shard-size", f"{shard_bytes}B"] if shard_bytes else []
+    words += ["--shard-size", as_typed(shard_bytes)] if shard_bytes else []
     return shlex.join(words)
 
 

@@ -71,8 +71,8 @@ class Counter:
     def __init__(self, stream: TextIO | None = None) -> None:
         self.stream = stream or sys.stderr
         self.live = self.stream.isatty()
-        self.began = self.told = time.monotonic()
-        self.first = (0, 0.0)
+        self.began = self.told = 0.0
+        self.first: tuple[int, float] | None = None
 
     def __enter__(self) -> "Counter":
         return self
@@ -83,16 +83,15 @@ class Counter:
         if isinstance(error, KeyboardInterrupt) and error.args:  # what was kept
             self.stream.write(f"{error}\n")
 
-    def begin(self, n_tokens: int, line: str) -> None:
-        """There are `n_tokens` already, which were not made now."""
-        self.first = (n_tokens, -1.0)
+    def begin(self, line: str) -> None:
         self.stream.write(f"{line}\n")
 
     def __call__(self, n_tokens: int, share: float = 0.0) -> None:
-        """`share` of the text was read; 0 where that is not known."""
-        if self.first[1] < 0:
-            self.first = (self.first[0], share)
+        """`share` of the text was read; 0 where that is not known. Counted from what the first call says."""
         now = time.monotonic()
+        if self.first is None:
+            self.first = (n_tokens, share)
+            self.began = self.told = now
         if now - self.told < (0.2 if self.live else 30.0):
             return
         self.told = now

@@ -176,7 +176,8 @@ def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:
     for key, option in OPTIONS.items():
         old, new = before["options"].get(key), now["options"].get(key)
         if old != new:
-            return f"{option} was {_value(old)} then, {_value(new)} now"
+            old, new = (as_typed(n) if key == "shard_bytes" and n else n or "not given" for n in (old, new))
+            return f"{option} was {old} then, {new} now"
     if before["options"] != now["options"]:
         return "the ranks of the tokenizer are others now"
     old, new = before["sources"], now["sources"]
@@ -194,5 +195,7 @@ def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:
     return ""
 
 
-def _value(value: Any) -> str:
-    return str(value) if value not in ("", 0, None) else "not given"
+def as_typed(n_bytes: int) -> str:
+    """33554432 as 32MiB: the largest unit that it is a whole number of."""
+    power = max(power for power in range(4) if n_bytes % 1024**power == 0)
+    return f"{n_bytes // 1024**power}{('B', 'KiB', 'MiB', 'GiB')[power]}"
