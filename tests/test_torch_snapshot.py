@@ -34,6 +34,12 @@ def run_of(name: str) -> RunConfig:
     return make_run({**SMALL, **RUNS[name]})
 
 
+def test_no_event_claims_a_time() -> None:
+    """Seen in the viewer: an entry without `timestamp` reads "timestamp Invalid Date", one that is None has no time."""
+    (trace,) = snapshot(predicted_tape(run_of("segments"), "gptfit"), False)["device_traces"]
+    assert trace and all(event["timestamp"] is None and "time_us" not in event for event in trace)
+
+
 def written(tmp_path: Path, run: RunConfig, program: str = "gptfit") -> tuple[Path, Any]:
     path = tmp_path / "out.pickle"
     write_snapshot(path, predicted_tape(run, program), run.expandable_segments)
@@ -47,12 +53,25 @@ def test_our_replay_of_it_finds_the_peaks_of_the_estimate(tmp_path: Path, name: 
     path, _ = written(tmp_path, run, program)
     answer, expected = replay_file(path), estimate(run, program)
     assert answer.peak_reserved_bytes == expected.reserved_bytes
-    assert answer.peak_allocated_bytes == expected.allocated_bytes
+    # The estimate's is that of the last step, once blocks are cut as they will be; the first steps may hold a bit more.
+    assert 1 <= answer.peak_allocated_bytes / expected.allocated_bytes < 1.002
     assert answer.expandable_segments == run.expandable_segments
     assert answer.recorded is not None
     assert answer.recorded.peak_reserved_bytes == expected.reserved_bytes
     assert answer.recorded.segment_events_matched == answer.recorded.segment_events_total > 0
     assert answer.notes == ()
+
+
+@pytest.mark.parametrize("program", ["gptfit", "nanogpt"])
+@pytest.mark.parametrize("name", RUNS)
+def test_what_is_freed_is_what_was_allocated(name: str, program: str) -> None:
+    """Two buffers of one name that are alive together must be of one size: the tape frees the older of them."""
+    keys = RUNS[name] if program == "gptfit" else {"expandable_segments": name == "expandable"}
+    made: list[int] = []
+    for sign, serial, buffer in predicted_tape(make_run({**SMALL, **keys}), program).expand():
+        if sign > 0:
+            made.append(buffer.n_bytes)
+        assert made[serial] == buffer.n_bytes, buffer.name
 
 
 @pytest.mark.parametrize("name", RUNS)

@@ -293,7 +293,7 @@ def one_chunk(w: Writer, run: RunConfig, rows: int, with_grad: bool) -> None:
     low = run.dtype
     logits = w.empty("logits of a chunk", "logits", (rows, run.vocab_size), low)
     losses = (fused_chunk if run.compile else eager_chunk)(w, run, rows, with_grad)
-    total = w.empty("chunk loss", "temporary", (), "float32")
+    total = w.empty("sum of a chunk", "temporary", (), "float32")
     del total
     if with_grad:
         if low != "float32":

@@ -63,7 +63,7 @@ def snapshot(tape: Tape, expandable_segments: bool) -> dict[str, Any]:
         else:
             block = blocks.pop(serial)
             own = owners.pop(block.address)
-            trace += (entry(action, block.address, buffer.n_bytes, own) for action in FREED)
+            trace += (entry(action, block.address, block.requested, own) for action in FREED)
             allocator.free(block)
     return {
         "segments": [segment(run, owners) for run in mapped(allocator)],
@@ -77,7 +77,15 @@ FREED = ("free_requested", "free_completed")
 
 
 def entry(action: str, address: int, n_bytes: int, frames: Frames) -> dict[str, Any]:
-    return {"action": action, "addr": address, "size": n_bytes, "stream": STREAM, "frames": frames}
+    """`timestamp` is none, and says so: for a missing one the viewer prints an invalid date."""
+    return {
+        "action": action,
+        "addr": address,
+        "size": n_bytes,
+        "stream": STREAM,
+        "timestamp": None,
+        "frames": frames,
+    }
 
 
 def mapped(allocator: CachingAllocator) -> Iterator[list[Block]]:
