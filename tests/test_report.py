@@ -18,9 +18,9 @@ from gptfit.estimate import estimate
 from gptfit.gpus import all_gpus, load_gpu
 from gptfit.plan import plan
 from gptfit.report import cards, output
-from gptfit.report.plans import after_plan, delta_text, plan_view
+from gptfit.report.plans import MAX_CANDIDATES, after_plan, candidates_view, delta_text, plan_view
 from gptfit.report.terminal import after_estimate, estimate_view, notes_view, shares
-from gptfit.units import MiB, format_mib
+from gptfit.units import MiB, format_bytes, format_mib
 
 # A part of the card: its letter in the bar, its name, MiB; two of them may share a line.
 PART = re.compile(r"(?:^| )  ([A-Z=.^#?])  (\S+(?: \S+)*) +([\d,]+\.\d)")
@@ -124,6 +124,23 @@ def all_views(width: int) -> str:
         cards.seen_view([]),
         width=width,
     )
+
+
+@pytest.mark.parametrize("width", [40, 47, 55, 60, 66, 80, 200])
+@pytest.mark.parametrize("tokens", [491520, 50000])
+def test_the_best_choices_lose_columns_before_a_number_is_broken(width: int, tokens: int) -> None:
+    """Each has one line, with its micro-batch, memory and speed; the wider, the more there is beside them."""
+    made = plan(read_config("gpt2-medium", ()), load_gpu("rtx3060"), tokens_per_step=tokens)
+    printed = shown(candidates_view(made), width=width).splitlines()
+    rows = printed[printed.index(next(line for line in printed if "tokens/s" in line)) + 1 :]
+    assert len(rows) == len(made.candidates[:MAX_CANDIDATES]) and max(map(len, printed)) <= width
+    for row, candidate in zip(rows, made.candidates, strict=False):
+        assert candidate.speed is not None
+        words = row.split()
+        assert words[-1] == f"{candidate.speed.tokens_per_second:,.0f}"
+        assert format_bytes(candidate.reserved_bytes) in row and f"{candidate.run.batch_size}" in words
+    if width == 80:
+        assert f"{made.candidates[0].run.gradient_accumulation_steps}" in rows[0].split()
 
 
 @pytest.mark.parametrize("width", [40, 80])

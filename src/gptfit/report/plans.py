@@ -13,6 +13,7 @@ from gptfit.levers import LeverEffect
 from gptfit.plan import Plan
 from gptfit.report.terminal import (
     QUIET,
+    Narrowing,
     commands,
     hanging,
     headline,
@@ -93,22 +94,22 @@ def candidates_view(plan: Plan) -> Iterator[RenderableType]:
         return
     chosen = dict.fromkeys(key for candidate in shown for key in candidate.choice)
     keys = [key for key in chosen if len({getattr(candidate.run, key) for candidate in shown}) > 1]
-    differ = (
-        len({candidate.estimate.tokens_per_step for candidate in shown}) > 1
-    )  # those of other tokens a step rank lower, however fast
-    columns = ("reserved", *(["tokens a step"] if differ else []), "tokens/s")
+    # Those of other tokens a step rank lower, however fast.
+    differ = ["tokens a step"] if len({candidate.estimate.tokens_per_step for candidate in shown}) > 1 else []
     rows = [
         (
             *(f"{getattr(candidate.run, key)}" for key in keys),
             format_bytes(candidate.estimate.reserved_bytes),
-            *([f"{candidate.estimate.tokens_per_step:,}"] if differ else []),
+            *(f"{candidate.estimate.tokens_per_step:,}" for _ in differ),
             f"{candidate.estimate.speed.tokens_per_second:,.0f}" if candidate.estimate.speed else "",
         )
         for candidate in shown
     ]
     yield title(f"The best of {plan.n_searched:,} that were searched")
     names = [SHORT.get(key, key) for key in keys]
-    yield table((*names, *columns), rows, right=(*names, *columns))
+    follows = [name for name in names if name == SHORT["gradient_accumulation_steps"]]  # from the micro-batch
+    others = [name for name in reversed(names) if name != "batch_size" and name not in follows]
+    yield Narrowing((*names, "reserved", *differ, "tokens/s"), rows, spare=(*follows, *differ, *others))
 
 
 def levers_view(levers: Sequence[LeverEffect], verbose: bool) -> Iterator[RenderableType]:

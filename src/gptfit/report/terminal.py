@@ -6,6 +6,7 @@ A view yields what rich prints, 80 columns wide or fewer; `report.output.show` p
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from rich.cells import cell_len
 from rich.columns import Columns
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.padding import Padding
@@ -66,6 +67,28 @@ class ByWidth(NamedTuple):
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield self.wide if options.max_width >= NARROW else self.narrow
+
+
+class Narrowing(NamedTuple):
+    """A table without as many of the `spare` columns, the first of them first, as there is no room for: a number that
+    is broken over lines is none."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    spare: Sequence[str]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        widths = {
+            column: max(cell_len(cell) for cell in (column, *cells)) + 2
+            for column, *cells in zip(self.columns, *self.rows, strict=True)
+        }
+        left = list(self.columns)
+        for column in self.spare:
+            if sum(widths[name] for name in left) <= options.max_width:
+                break
+            left.remove(column)
+        kept = [index for index, column in enumerate(self.columns) if column in left]
+        yield table(left, [[row[index] for index in kept] for row in self.rows], right=left)
 
 
 def title(text: str) -> Text:
