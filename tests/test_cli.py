@@ -234,7 +234,7 @@ def test_a_nanogpt_config_is_answered_for_both_programs(gptfit: Any, nanogpt_con
     result = gptfit("estimate", nanogpt_config, "--batch_size=2", "--gpu", "rtx4090")
     assert "nanogpt's code" in result.out
     assert "Under gptfit's code the same run fits" in result.out
-    assert "1 keys without effect" in result.out
+    assert "1 key without effect" in result.out
     assert "wandb_log = True" in gptfit("estimate", nanogpt_config, "-v").out
     assert json.loads(gptfit("estimate", nanogpt_config, "--json").out)["program"] == "nanogpt"
     chosen = gptfit("estimate", nanogpt_config, "--program", "gptfit")

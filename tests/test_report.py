@@ -20,7 +20,7 @@ from gptfit.plan import plan
 from gptfit.report import cards, output
 from gptfit.report.plans import MAX_CANDIDATES, after_plan, candidates_view, delta_text, plan_view
 from gptfit.report.terminal import after_estimate, estimate_view, notes_view, shares
-from gptfit.units import MiB, format_bytes, format_mib
+from gptfit.units import MiB, counted, format_bytes, format_mib
 
 # A part of the card: its letter in the bar, its name, MiB; two of them may share a line.
 PART = re.compile(r"(?:^| )  ([A-Z=.^#?])  (\S+(?: \S+)*) +([\d,]+\.\d)")
@@ -199,3 +199,9 @@ def test_what_to_type_keeps_what_was_typed() -> None:
         "python train.py 'my config.py' --batch_size=8 --n_layer=2 --compile=True"
     )
     assert Asked().gptfit("plan", {}, "--gpu", "rtx4070") == "gptfit plan --gpu rtx4070"
+
+
+@pytest.mark.parametrize(("n", "text"), [(0, "0 retries"), (1, "1 retry"), (2, "2 retries"), (1234, "1,234 retries")])
+def test_one_is_not_counted_as_many(n: int, text: str) -> None:
+    assert counted(n, "retry", "retries") == text
+    assert counted(n, "event").endswith("event" if n == 1 else "events")

@@ -17,7 +17,7 @@ from gptfit.memory.step import PROGRAMS, Pieces, pieces, steady_step
 from gptfit.memory.tape import Tape
 from gptfit.memory.whole_run import evaluation_bytes, run_phases
 from gptfit.speed import Speed, predict
-from gptfit.units import format_bytes
+from gptfit.units import counted, format_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -338,9 +338,8 @@ def assumptions(
         f"segments {'on' if run.expandable_segments else 'off'}",
     ]
     if retries:
-        lines.append(
-            f"it fits as the allocator gives back what it caches, {retries} times in these steps: that is slow"
-        )
+        times = counted(retries, "time")
+        lines.append(f"it fits as the allocator gives back what it caches, {times} in these steps: that is slow")
     if profile is None:
         lines.append(
             f"context and libraries outside the allocator: {format_bytes(UNKNOWN_CARD_CONTEXT_BYTES)}, no card named"

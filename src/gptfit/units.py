@@ -32,6 +32,11 @@ def format_mib(n_bytes: int) -> str:
     return f"{n_bytes / MiB:,.1f}"
 
 
+def counted(n: int, one: str, many: str = "") -> str:
+    """`1 retry`, `1,024 retries`: a number and what it counts; `many` is `one` with an s where not given."""
+    return f"{n:,} {one if n == 1 else many or one + 's'}"
+
+
 def parse_size(text: str | int) -> int:
     """Bytes of `1.5GiB`, `900 MiB` or `1073741824`.
 

@@ -22,7 +22,7 @@ from gptfit.report.terminal import (
     table,
     title,
 )
-from gptfit.units import format_bytes, format_mib
+from gptfit.units import counted, format_bytes, format_mib
 
 if TYPE_CHECKING:
     from gptfit.accuracy import Accuracy, Compared
@@ -99,7 +99,7 @@ def prepared_view(answer: "Prepared") -> Iterator[RenderableType]:
     """What `gptfit data prepare` wrote."""
     yield Text(
         f"{answer.folder}: {answer.n_train:,} tokens to train on, {answer.n_val:,} to validate, "
-        f"from {answer.n_documents:,} documents of {answer.n_files:,} files; "
+        f"from {counted(answer.n_documents, 'document')} of {counted(answer.n_files, 'file')}; "
         f"tokenizer {answer.tokenizer}, {answer.vocab_size:,} ids"
     )
     how = "documents drawn by their hash" if answer.split == "documents" else "the last part of the text"
@@ -212,7 +212,7 @@ def accuracy_view(answer: "Accuracy", verbose: bool) -> Iterator[RenderableType]
     compared = [row for row in answer.rows if row.role != "excluded"]
     word, style = ("Missed: ", BAD) if missed else ("Holds: ", GOOD)
     yield Text.assemble(
-        (word, style), f"{len(compared)} measurements compared, {len(missed)} outside of what is allowed"
+        (word, style), f"{counted(len(compared), 'measurement')} compared, {len(missed)} outside of what is allowed"
     )
     if missed:
         yield title("Outside")
@@ -256,7 +256,8 @@ def replay_view(answer: "ReplayResult") -> Iterator[RenderableType]:
         style="bold",
     )
     kind = "expandable segments" if answer.expandable_segments else "plain segments"
-    yield Text(f"{answer.events:,} events, {kind}, {answer.retries:,} retries after a failed cudaMalloc")
+    retries = counted(answer.retries, "retry", "retries")
+    yield Text(f"{counted(answer.events, 'event')}, {kind}, {retries} after a failed cudaMalloc")
     if recorded is not None:
         peak = recorded.peak_reserved_bytes
         said = [] if peak is None else [f"{format_bytes(peak)} reserved at most"]

@@ -88,7 +88,7 @@ class RunFacts:
         if end.get("event") == "finished" and by:
             return "stopped", f"stopped by {by} after step {self.step:,}{of}"
         if end.get("event") == "finished" or (self.max_iters is not None and self.step >= self.max_iters):
-            return "finished", f"finished: {self.step:,}{of} steps"
+            return "finished", f"finished: {self.step:,}{of} step{'' if (self.max_iters or self.step) == 1 else 's'}"
         if not self.series.steps:
             return "unknown", "no step was done"
         return "unknown", f"no last word after step {self.step:,}{of}: killed, or still going"

@@ -11,7 +11,7 @@ from gptfit.plan import LAST_RESORT
 from gptfit.report.target import DAY, has_price, money, target_line
 from gptfit.report.terminal import QUIET, commands, headline, table, title
 from gptfit.shortlist import CardPlan, Shortlist
-from gptfit.units import format_bytes, significant
+from gptfit.units import counted, format_bytes, significant
 
 # Rows of each table: what fits on a screen, so that the first line stays in sight.
 MAX_CARDS = 15
@@ -70,7 +70,7 @@ def card_notes(cards: Sequence[CardPlan]) -> Iterator[RenderableType]:
     usual = [plan for plan in cards if 0 < plan.card.reserve_bytes == plan.card.profile.display_bytes]
     notes = [note for plan in cards if plan not in usual for note in plan.card.notes]
     if usual:
-        have = "1 card has" if len(usual) == 1 else f"{len(usual)} cards have"
+        have = counted(len(usual), "card has", "cards have")
         notes.append(f"{have} room left for a desktop; --reserve 0 where there is none")
     yield from (Text(f"note: {note}", style=QUIET) for note in notes)
 
@@ -82,12 +82,12 @@ def smallest_of(fitting: Sequence[CardPlan]) -> CardPlan:
 
 
 def headline_text(answer: Shortlist) -> str:
-    n_cards, fitting = len(answer.cards), answer.fitting
+    cards, fitting = counted(len(answer.cards), "card"), answer.fitting
     if not fitting:
         nearest = min(answer.cards, key=lambda plan: plan.missing_bytes)
-        return f"none of {n_cards} cards; the nearest is {nearest.name}, short by {format_bytes(nearest.missing_bytes)}"
+        return f"none of {cards}; the nearest is {nearest.name}, short by {format_bytes(nearest.missing_bytes)}"
     best = fitting[0]
-    return f"{len(fitting)} of {n_cards} cards; fastest: {best.name}, {best.tokens_per_second:,.0f} tokens/s"
+    return f"{len(fitting)} of {cards}; fastest: {best.name}, {best.tokens_per_second:,.0f} tokens/s"
 
 
 def rows_view(fitting: Sequence[CardPlan], run: RunConfig, verbose: bool) -> Iterator[RenderableType]:

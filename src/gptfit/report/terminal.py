@@ -16,7 +16,7 @@ from rich.text import Text
 from gptfit.asked import Asked
 from gptfit.estimate import Estimate, Needs, Speed, TensorRow
 from gptfit.report.bars import FREE, OTHERS, Part, StackedBar, card_parts
-from gptfit.units import format_bytes, format_mib
+from gptfit.units import counted, format_bytes, format_mib
 
 if TYPE_CHECKING:
     from gptfit.card import Card
@@ -252,4 +252,6 @@ def notes_view(source: "ConfigSource", card: "Card | None", verbose: bool) -> It
         yield Text("without effect on memory and speed:", style=QUIET)
         yield from (Text(f"  {text}", style=QUIET) for text in source.ignored.values())
     elif source.ignored:
-        yield Text(f"{len(source.ignored)} keys without effect on memory and speed; -v lists them", style=QUIET)
+        yield Text(
+            f"{counted(len(source.ignored), 'key')} without effect on memory and speed; -v says which", style=QUIET
+        )
