@@ -11,6 +11,7 @@ import torch
 from gptfit import checkpoint as module
 from gptfit.checkpoint import Checkpoint, checkpoint_paths, latest_valid, load, restore_rng, rng_state, save
 from gptfit.config import derive, make_run
+from gptfit.distributed import Ranks
 from gptfit.errors import GptfitError
 
 RUN = make_run({"n_layer": 1, "n_head": 1, "n_embd": 4, "vocab_size": 5, "seed": -3, "learning_rate": 3e-4})
@@ -159,3 +160,20 @@ def test_another_format_is_named(tmp_path, monkeypatch):
     monkeypatch.undo()
     with pytest.raises(GptfitError, match="format 2, this version reads 1"):
         load(path)
+
+
+def test_processes_that_see_other_folders_or_damage_agree(tmp_path, monkeypatch):
+    """The words of the other process are made up here."""
+    save(tmp_path, make(1))
+    save(tmp_path, make(2))
+    names = "checkpoint-00000002.pt checkpoint-00000001.pt"
+    for others, expected in (([names, "it is torn", ""], 1), ([names, "", ""], 2), (["checkpoint-00000001.pt"], None)):
+        answers = iter(others)
+        monkeypatch.setattr(Ranks, "words", lambda self, text, answers=answers: [text, next(answers)])
+        if expected is None:
+            with pytest.raises(GptfitError, match="not all processes find the same checkpoint"):
+                latest_valid(tmp_path, Ranks(0, 2))
+            continue
+        found = latest_valid(tmp_path, Ranks(0, 2))
+        assert found is not None and found.checkpoint.step == expected
+        assert found.skipped == (("it is torn; passed over",) if expected == 1 else ())

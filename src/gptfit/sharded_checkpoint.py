@@ -57,9 +57,6 @@ def parameter_names(model: nn.Module, optimizer: Stepper) -> list[list[str]]:
     return [[name_of[id(p)] for group in part.param_groups for p in group["params"]] for part in parts]
 
 
-# Writing ############################################################################################################
-
-
 def write_folder(
     path: Path, model: nn.Module, optimizer: Stepper, ema: Mapping[str, Tensor], plain: Mapping[str, Any], ranks: Ranks
 ) -> None:
@@ -187,9 +184,6 @@ def _by_name(states: Mapping[str, Any], names: list[list[str]]) -> tuple[dict[st
         }
         rest.append({**part, "state": others})
     return tensors, ({"parts": rest} if "parts" in states else rest[0])
-
-
-# Reading ############################################################################################################
 
 
 class Shards:
