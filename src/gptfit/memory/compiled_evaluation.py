@@ -164,10 +164,13 @@ class Kernels:
         if run.logit_softcap:
             capped = self.tensor("logits capped", run.vocab_size, dtype="float32", category="logits", over=(logits,))
             logits = self.add(capped, reads=(logits,))
-        rows = (self.tensor(f"loss {part}", 1, dtype="float32") for part in ("maximum", "log-sum"))
-        self.add(*rows, reads=(logits,))
-        scalar = Made("mean loss", (), "float32")
-        return head, self.add(scalar, reads=("loss maximum", "loss log-sum", logits))
+        maximum, total = (self.tensor(f"loss {part}", 1, dtype="float32") for part in ("maximum", "sum"))
+        self.add(maximum, total, reads=(logits,))
+        log = self.tensor("loss log-sum", 1, dtype="float32", over=(total.name,))
+        scalars = (Made("losses", (), "float32"), Made("targets counted", (), "int64"))
+        self.add(log, *scalars, reads=(total.name, logits, maximum.name))
+        mean = Made("mean loss", (), "float32", over=("losses",))
+        return head, self.add(mean, reads=("losses", "targets counted"))
 
 
 def written(program: CompiledForward, kernels: Kernels, *outputs: str) -> list[Tensor]:

@@ -1,7 +1,7 @@
 """In which order inductor runs the kernels of a graph, and which of them share a buffer.
 
-torch/_inductor/memory.py (reorder_for_peak_memory) takes the order as written or that of its greedy sort, whichever
-has the lower peak; torch/_inductor/codegen/wrapper.py (memory_plan_reuse) then gives a freed buffer to the next one of
+torch/_inductor/memory.py (reorder_for_peak_memory) takes the order as written or that of one of its sorts, whichever
+has the lowest peak; torch/_inductor/codegen/wrapper.py (memory_plan_reuse) then gives a freed buffer to the next one of
 its dtype and size, if it may lie idle in between without raising that peak. As of torch 2.13, CPU lowering, where
 kernels that lie between two library calls are one, and let go of what they read together.
 """
@@ -77,9 +77,32 @@ def in_order(kernels: Sequence[Kernel], outputs: frozenset[str]) -> list[Kernel]
     """The kernels as inductor runs them."""
     uses = Uses(kernels, outputs)
     written = list(range(len(kernels)))
-    greedy = greedy_order(kernels, uses)
-    best = min((written, greedy), key=lambda order: max(uses.profile(kernels, order)))
+    orders = (written, greedy_order(kernels, uses), depth_first_order(kernels, uses))
+    best = min(orders, key=lambda order: max(uses.profile(kernels, order)))
     return [kernels[index] for index in best]
+
+
+def depth_first_order(kernels: Sequence[Kernel], uses: Uses) -> list[int]:
+    """topological_sort_dfs: the kernels that write and read least first, before each what it reads."""
+    maker = {made.name: index for index, kernel in enumerate(kernels) for made in kernel.makes}
+    reads = [{name for name in kernel.reads if name in maker} for kernel in kernels]
+    sizes = [
+        sum(uses.sizes[made.name] for made in kernel.makes) + sum(uses.sizes[name] for name in names)
+        for kernel, names in zip(kernels, reads, strict=True)
+    ]
+    order: dict[int, None] = {}
+    seen: set[int] = set()
+
+    def visit(index: int) -> None:
+        if index not in seen:
+            seen.add(index)
+            for before in sorted({maker[name] for name in reads[index]}, key=lambda i: (sizes[i], i)):
+                visit(before)
+            order[index] = None
+
+    for index in sorted(range(len(kernels)), key=lambda i: (sizes[i], i)):
+        visit(index)
+    return list(order)
 
 
 def greedy_order(kernels: Sequence[Kernel], uses: Uses) -> list[int]:
@@ -148,10 +171,12 @@ def planned(kernels: Sequence[Kernel], outputs: frozenset[str]) -> tuple[list[Ev
             if place is not None:
                 place.freed_at, place.last_free = at, len(found)
                 found.append(Event(-1, place.buffer))
-                pool[keys[name]].append(place)
+                if name not in unseen:
+                    pool[keys[name]].append(place)
         waiting.clear()
 
     keys = {made.name: (made.dtype, made.n_bytes) for kernel in kernels for made in kernel.makes}
+    unseen = {made.name for kernel in kernels for made in kernel.makes if made.unseen}
     for index, kernel in enumerate(kernels):
         if kernel.is_call:
             flush(index - 1)
