@@ -23,6 +23,14 @@ from gptfit.memory.tape import Buffer, Event, Item, Mark, rounded
 
 aten = torch.ops.aten
 
+# Formulas of gradients that write into zeros, and make a copy instead for tensors that run Python, as fake ones do
+# (areAnyTensorSubclassLike in TensorAdvancedIndexing.cpp, ReduceOpsUtils and FunctionsManual.cpp).
+INTO_ZEROS = {
+    aten.scatter.src: aten.scatter_.src,
+    aten.scatter_add.default: aten.scatter_add_.default,
+    aten.index_put.default: aten.index_put_.default,
+}
+
 
 @dataclass(slots=True, eq=False)
 class Allocation:
@@ -66,6 +74,7 @@ class Recorder(TorchDispatchMode):
         self.kernel = ""
         self.host: set[int] = set()  # addresses of storages that code for a GPU has on the host
         self.sole_holders: tuple[int, int, int] | None = None
+        self.zeros = 0  # the address of the last storage that was made of zeros for a gradient
         self._references: dict[int, weakref.ref[Any]] = {}
         self._mark: Mark | None = None
 
@@ -88,9 +97,14 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         node = torch._C._current_autograd_node()
         self.place(func, args, node)
-        if node is not None and accumulates(func, args) and self.held_alone(args[0], args[1]):
-            return aten.add_.Tensor(*args)
+        if node is not None and called_by_engine():
+            if accumulates(func, args) and self.held_alone(args[0], args[1]):
+                return aten.add_.Tensor(*args)
+            if func in INTO_ZEROS and self.key(args[0]) == self.zeros:
+                return INTO_ZEROS[func](*args, **kwargs)
         out = as_cuda_gives(func, func(*args, **kwargs))
+        if func is aten.new_zeros.default:
+            self.zeros = self.key(out)
         on_host = self.making_on_host or (bool(self.host) and self.all_on_host(args))
         for tensor in tensors_in(out):
             self.see(tensor, on_host)
@@ -356,10 +370,13 @@ def as_cuda_gives(func: Any, out: Any) -> Any:
 
 
 def accumulates(func: Any, args: tuple[Any, ...]) -> bool:
-    """Whether this op is the autograd engine's own sum of two gradients that arrived for one tensor."""
-    if func is not aten.add.Tensor or len(args) != 2 or not isinstance(args[1], Tensor):
-        return False
-    # C++ code calls no Python in between; a backward written in Python would be the nearest frame.
+    """Whether this op, called by the autograd engine, is its own sum of two gradients that arrived for one tensor."""
+    return func is aten.add.Tensor and len(args) == 2 and isinstance(args[1], Tensor)
+
+
+def called_by_engine() -> bool:
+    """Whether C++ code calls the op that is dispatched: it calls no Python in between, while a backward written in
+    Python would be the nearest frame."""
     return sys._getframe(2).f_code.co_filename.endswith("torch/autograd/graph.py")
 
 

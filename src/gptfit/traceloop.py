@@ -7,19 +7,18 @@ for it: backward where it returns a loss, the optimizer's step where it takes no
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.overrides import TorchFunctionMode
 
+from gptfit.compiled_parts import InOrder, named_parts, norms_in_parts, plan_part, planned_parts
 from gptfit.config import RunConfig
-from gptfit.cuda_kernels import KERNELS
 from gptfit.errors import GptfitError
 from gptfit.factory import Made
 from gptfit.inductor_plan import plan_module
@@ -59,11 +58,13 @@ class Loop:
     def job(self, recorder: Recorder) -> Job:
         """Calls the factory, and says what the tracer is to run."""
         self.recorder = recorder
-        self.made = made = self.make()
+        with planned_parts(recorder) as compiled:
+            self.made = made = self.make()
         if "torch._dynamo" in sys.modules:  # else nothing is compiled, and importing it takes a second
             self.stack.enter_context(torch.compiler.set_stance("force_eager"))
-            if made.batch is None and any(hasattr(part, "_orig_mod") for part in made.model.modules()):
-                self.notes.append("what a callable runs under torch.compile is traced as eager code")
+        for part in compiled if made.batch is None else ():
+            plan_part(part, recorder)
+            self.notes = ["the modules that the callable compiles run by inductor's plan"]
         inner = getattr(made.model, "_orig_mod", None)  # torch.compile's wrapper
         if isinstance(inner, nn.Module):
             made.model, self.is_compiled = inner, made.batch is not None
@@ -202,52 +203,6 @@ class Loop:
                 handle.remove()
 
 
-class InOrder(nn.Module):
-    """A module as inductor's plan takes it: the tensors of its batch in order, those of its output as a tuple.
-
-    Raises GptfitError where its output holds what is neither a tensor nor nothing.
-    """
-
-    def __init__(self, model: nn.Module, batch: "Sequence[Any] | Mapping[str, Any]") -> None:
-        super().__init__()
-        self.model = model
-        self.named: dict[Any, Any] = named_parts(batch)
-        self.by_name = isinstance(batch, Mapping)
-        self.names = [name for name, value in self.named.items() if isinstance(value, Tensor)]
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        return [self.named[name] for name in self.names]
-
-    def forward(self, *tensors: Tensor) -> Any:
-        named = {**self.named, **dict(zip(self.names, tensors, strict=True))}
-        with told_that_it_compiles():
-            output = self.model(**named) if self.by_name else self.model(*named.values())
-        if isinstance(output, Tensor):
-            return output
-        values = tuple(output.values() if isinstance(output, Mapping) else output)
-        for value in values:
-            if not isinstance(value, Tensor | None):
-                raise GptfitError(
-                    f"a compiled module has to return tensors, and {type(self.model).__name__} returns a "
-                    f"{type(value).__name__} with them",
-                    "take it out of the output (Hugging Face's models: config.use_cache = False)",
-                )
-        return tuple(value for value in values if isinstance(value, Tensor))
-
-
-@contextmanager
-def told_that_it_compiles() -> Iterator[None]:
-    """Code that asks torch.compiler.is_compiling(), to leave out branches on values, hears what torch.compile says."""
-    compiler: Any = torch.compiler
-    before = compiler._is_compiling_flag
-    compiler._is_compiling_flag = True
-    try:
-        yield
-    finally:
-        compiler._is_compiling_flag = before
-
-
 class OnCpu(TorchFunctionMode):
     """Takes every CUDA device that code names for the CPU, where fake tensors are.
 
@@ -310,17 +265,6 @@ def movable_modules() -> Iterator[None]:
 
 
 @contextmanager
-def norms_in_parts() -> Iterator[None]:
-    """rms_norm as what it consists of. Inductor makes a kernel of its own of that, while the eager kernel's stand-in
-    computes nothing, so that everything before it would be left out of inductor's graph as unused."""
-    taken = {function: KERNELS.pop(function) for function in (F.rms_norm, torch.rms_norm) if function in KERNELS}
-    try:
-        yield
-    finally:
-        KERNELS.update(taken)
-
-
-@contextmanager
 def quiet() -> Iterator[None]:
     """Without the traceback that torch logs where an op refuses its arguments, which is raised, too, and without its
     warning that compiled modules do not call the tracer's hooks."""
@@ -359,11 +303,6 @@ def as_on_cuda(optimizer: Any) -> None:
     for group in optimizer.param_groups:
         if group.get("foreach", False) is None and not group.get("fused"):
             group["foreach"] = not group.get("differentiable", False)
-
-
-def named_parts(batch: "Sequence[Any] | Mapping[str, Any]") -> dict[Any, Any]:
-    """A batch by name, or by number where it has an order."""
-    return dict(batch) if isinstance(batch, Mapping) else dict(enumerate(batch))
 
 
 def targets_last(named: Mapping[Any, Any]) -> tuple[Tensor, ...]:

@@ -1,0 +1,135 @@
+"""What a callable compiles itself: modules and functions that it gives to torch.compile run by inductor's plan."""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gptfit.cuda_kernels import KERNELS
+from gptfit.errors import GptfitError
+from gptfit.inductor_plan import plan_function, plan_module
+from gptfit.recorder import Recorder
+
+
+@contextmanager
+def planned_parts(recorder: Recorder) -> Iterator[list[nn.Module]]:
+    """`torch.compile` marks modules, which are listed and run as they are until `plan_part` is called, and gives
+    functions that run without gradients, by inductor's plan. One with gradients runs as it is."""
+    marked: list[nn.Module] = []
+    original: Any = torch.compile
+
+    def compile(model: Any = None, **settings: Any) -> Any:
+        if model is None:
+            return lambda function: compile(function, **settings)
+        if isinstance(model, nn.Module):
+            compiled: Any = original(model, **settings)
+            marked.append(compiled)
+            return compiled
+        planned = plan_function(model, recorder)
+
+        @wraps(model)
+        def call(*args: Any) -> Any:
+            trains = torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
+            return model(*args) if trains else planned(*args)
+
+        return call
+
+    torch.compile = compile
+    try:
+        yield marked
+    finally:
+        torch.compile = original
+
+
+def plan_part(compiled: nn.Module, recorder: Recorder) -> None:
+    """Lets a module that torch.compile made run by inductor's plan, one for each kind of call."""
+    model: Any = compiled._orig_mod
+    signature = inspect.signature(model.forward)
+    ready: dict[tuple[object, ...], InOrder] = {}
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        named = signature.bind(*args, **kwargs).arguments
+        key = tuple(
+            (name, value.shape, value.dtype) if isinstance(value, Tensor) else (name, value)
+            for name, value in named.items()
+        )
+        if key not in ready:
+            ready[key] = InOrder(model, named)
+            plan_module(ready[key], recorder)
+        ready[key].named = named
+        tensors = ready[key].tensors
+        ready[key].named = {name: None if isinstance(value, Tensor) else value for name, value in named.items()}
+        del named, args, kwargs  # or a batch that the caller lets go would live on here
+        with norms_in_parts():
+            return ready[key](*tensors)
+
+    compiled.forward = call
+
+
+class InOrder(nn.Module):
+    """A module as inductor's plan takes it: the tensors of its batch in order, those of its output as a tuple.
+
+    Raises GptfitError where its output holds what is neither a tensor nor nothing.
+    """
+
+    def __init__(self, model: nn.Module, batch: "Sequence[Any] | Mapping[str, Any]") -> None:
+        super().__init__()
+        self.model = model
+        self.named: dict[Any, Any] = named_parts(batch)
+        self.by_name = isinstance(batch, Mapping)
+        self.names = [name for name, value in self.named.items() if isinstance(value, Tensor)]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [self.named[name] for name in self.names]
+
+    def forward(self, *tensors: Tensor) -> Any:
+        named = {**self.named, **dict(zip(self.names, tensors, strict=True))}
+        with told_that_it_compiles():
+            output = self.model(**named) if self.by_name else self.model(*named.values())
+        if isinstance(output, Tensor):
+            return output
+        values = tuple(output.values() if isinstance(output, Mapping) else output)
+        for value in values:
+            if not isinstance(value, Tensor | None):
+                raise GptfitError(
+                    f"a compiled module has to return tensors, and {type(self.model).__name__} returns a "
+                    f"{type(value).__name__} with them",
+                    "take it out of the output (Hugging Face's models: config.use_cache = False)",
+                )
+        return tuple(value for value in values if isinstance(value, Tensor))
+
+
+@contextmanager
+def told_that_it_compiles() -> Iterator[None]:
+    """Code that asks torch.compiler.is_compiling(), to leave out branches on values, hears what torch.compile says."""
+    compiler: Any = torch.compiler
+    before = compiler._is_compiling_flag
+    compiler._is_compiling_flag = True
+    try:
+        yield
+    finally:
+        compiler._is_compiling_flag = before
+
+
+@contextmanager
+def norms_in_parts() -> Iterator[None]:
+    """rms_norm as what it consists of. Inductor makes a kernel of its own of that, while the eager kernel's stand-in
+    computes nothing, so that everything before it would be left out of inductor's graph as unused."""
+    taken: dict[Callable[..., Any], Any] = {
+        function: KERNELS.pop(function) for function in (F.rms_norm, torch.rms_norm) if function in KERNELS
+    }
+    try:
+        yield
+    finally:
+        KERNELS.update(taken)
+
+
+def named_parts(batch: "Sequence[Any] | Mapping[str, Any]") -> dict[Any, Any]:
+    """A batch by name, or by number where it has an order."""
+    return dict(batch) if isinstance(batch, Mapping) else dict(enumerate(batch))
