@@ -1,10 +1,12 @@
 """What the chunked loss costs over chunk sizes: forward and backward of head and loss alone, beside the full loss.
 
     python benchmarks/chunked_loss.py [--tokens 2048] [--rounds 5] [--dtype float32] [--threads 1] [--device cpu]
+        [--compile] [--chunks 512 2048]
 
 GPT-2's head: 768 wide, 50,304 tokens. All take turns; a ratio is the median over the rounds of that size's time over
 the full loss's in the same round. On a CPU the time is the processor's, which a busy machine disturbs less than the
-clock on the wall.
+clock on the wall. With --compile both are as the trainer compiles them: the full loss with its head, of the chunked one
+what lies between the matmuls.
 """
 
 import argparse
@@ -16,7 +18,7 @@ import torch
 from torch import Tensor
 
 from gptfit.device import DTYPES
-from gptfit.loss import chunked_cross_entropy, full_cross_entropy
+from gptfit.loss import Chunk, chunked_cross_entropy, eager_chunk, full_cross_entropy, fused_chunk
 
 N_EMBD, VOCAB_SIZE = 768, 50304
 CHUNK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
@@ -44,6 +46,8 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=DTYPES)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--chunks", type=int, nargs="+", default=CHUNK_SIZES)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     torch.manual_seed(0)
@@ -55,10 +59,16 @@ def main() -> None:
     def full() -> Tensor:
         return full_cross_entropy(x_NC @ weight_VC.to(dtype).T, targets_N)
 
-    def chunked(size: int) -> Callable[[], Tensor]:
-        return lambda: chunked_cross_entropy(x_NC, weight_VC, targets_N, size)
+    chunk: Chunk = eager_chunk
+    if given.compile:
+        full = torch.compile(full, dynamic=False)
+        torch._dynamo.config.recompile_limit = len(given.chunks)  # each is a shape of its own
+        chunk = torch.compile(fused_chunk, dynamic=False)
 
-    forms = {"full": full} | {str(size): chunked(size) for size in CHUNK_SIZES if size <= given.tokens}
+    def chunked(size: int) -> Callable[[], Tensor]:
+        return lambda: chunked_cross_entropy(x_NC, weight_VC, targets_N, size, chunk=chunk)
+
+    forms = {"full": full} | {str(size): chunked(size) for size in given.chunks if size <= given.tokens}
     times: dict[str, list[float]] = {name: [] for name in forms}
     for index in range(given.rounds + 1):
         for name, form in forms.items():
