@@ -94,7 +94,7 @@ PricePerKwh = Annotated[
 ]
 Gpus = Annotated[
     int | None,
-    typer.Option("--gpus", metavar="N", min=1, help="Of N such cards together: ddp or fsdp.", show_default=False),
+    typer.Option("--gpus", metavar="N", min=1, help="Of N such cards together: ddp, hsdp or fsdp.", show_default=False),
 ]
 TokensPerStep = Annotated[
     int | None,

@@ -240,11 +240,16 @@ def _is_valid(run: RunConfig, choice: Mapping[str, object]) -> bool:
         return choice.get(key, getattr(run, key))
 
     if chosen("activation_memory_budget") < 1 and (
-        not chosen("compile") or chosen("activation_checkpointing") != "none" or run.strategy == "fsdp"
+        not chosen("compile") or chosen("activation_checkpointing") != "none" or run.shards > 1
     ):
         return False
     param_dtype, dtype = chosen("param_dtype"), chosen("dtype")
     return param_dtype != "bfloat16" or (dtype == "bfloat16" and not run.ema_decay)
+
+
+def changes_numerics(run: RunConfig, choice: Mapping[str, object] | None) -> bool:
+    """Whether the numbers of training are others under `choice` than in `run`, not only its memory."""
+    return any((choice or {}).get(key, getattr(run, key)) != getattr(run, key) for key in LAST_RESORT)
 
 
 def is_eager_alone(run: RunConfig) -> bool:

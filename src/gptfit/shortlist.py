@@ -10,7 +10,7 @@ from gptfit.door import ConfigSource
 from gptfit.errors import GptfitError
 from gptfit.estimate import Budget, Estimate, estimate, speed_json, under_program
 from gptfit.gpus import gpu_names
-from gptfit.plan import LAST_RESORT, Search, checked_tokens, choices, options
+from gptfit.plan import LAST_RESORT, Search, changes_numerics, checked_tokens, choices, options
 from gptfit.target import Goal, Target, reach
 
 
@@ -159,8 +159,7 @@ def plan_card(
     target = None
     if goal is not None and found and chosen.speed is not None:
         target = reach(goal, chosen.speed, card.profile, found[0].run.n_gpus)
-    changed = any(choice.get(key, getattr(source.run, key)) != getattr(source.run, key) for key in LAST_RESORT)
-    return CardPlan(card, choice, chosen, changed, target, (*notes, *card.notes))
+    return CardPlan(card, choice, chosen, changes_numerics(source.run, choice), target, (*notes, *card.notes))
 
 
 def smallest(
