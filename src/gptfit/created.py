@@ -40,8 +40,8 @@ def created_least(run: RunConfig, workspace_bytes: int) -> RunConfig:
 
 def held_bytes(run: RunConfig, workspace_bytes: int) -> tuple[int, ...]:
     """What the allocator holds at most, after each start that `estimate` takes into account."""
-    starts = (True,) if run.expandable_segments else (True, False)
-    return tuple(replay(run, "gptfit", workspace_bytes, start).reserved_bytes for start in starts)  # pyright: ignore[reportArgumentType]
+    others = (False,) if run.expandable_segments else (False, True)
+    return tuple(replay(run, "gptfit", workspace_bytes, other).reserved_bytes for other in others)  # pyright: ignore[reportArgumentType]
 
 
 def saved_bytes(run: RunConfig, compute_capability: str | None) -> int:

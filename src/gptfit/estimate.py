@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from gptfit.config import RunConfig, derive, make_run
@@ -15,7 +15,7 @@ from gptfit.memory.overhead import CUBLAS_HANDLES, UNKNOWN_CARD_CONTEXT_BYTES, c
 from gptfit.memory.reserve import Reserved, replay_run
 from gptfit.memory.step import PROGRAMS, Pieces, pieces, steady_step
 from gptfit.memory.tape import Tape
-from gptfit.memory.whole_run import evaluation_bytes, run_phases
+from gptfit.memory.whole_run import N_STEPS, evaluation_bytes, run_phases
 from gptfit.speed import Speed, predict
 from gptfit.units import counted, format_bytes
 
@@ -207,7 +207,7 @@ def estimate(
     rows = live_rows(steady, replayed.allocated_bytes, peak.live_bytes, workspace_bytes)
     context_bytes = profile.context_bytes if profile else UNKNOWN_CARD_CONTEXT_BYTES
     budget = Budget(profile.name, profile.total_bytes, reserve_bytes) if profile else None
-    other = None if run.expandable_segments else replay(run, program, workspace_bytes, starts_with_evaluation=False)  # pyright: ignore[reportArgumentType]
+    other = None if run.expandable_segments else replay(run, program, workspace_bytes, other_start=True)  # pyright: ignore[reportArgumentType]
     other_bytes = None if other is None else other.reserved_bytes
     interval = process_interval(run.compile, replayed.reserved_bytes, profile, risk, other_bytes)
     fits_squeezed = False
@@ -247,10 +247,13 @@ def estimate(
 
 
 @lru_cache(maxsize=256)
-def replay(run: RunConfig, program: str, workspace_bytes: int, starts_with_evaluation: bool = True) -> Reserved:
-    """What the allocator holds: the same on all cards with such workspaces, and most of the time that many take."""
+def replay(run: RunConfig, program: str, workspace_bytes: int, other_start: bool = False) -> Reserved:
+    """What the allocator holds: the same on all cards with such workspaces, and most of the time that many take.
+    The other start is with a first evaluation where the program has none, and without where it has one."""
     parts = kernel_pieces(run, program)  # pyright: ignore[reportArgumentType]
-    return replay_run(run if starts_with_evaluation else derive(run, eval_interval=0), parts, workspace_bytes)
+    if other_start:
+        parts = replace(parts, evaluates_first=not parts.evaluates_first)
+    return replay_run(run, parts, workspace_bytes)
 
 
 @lru_cache(maxsize=2)
@@ -334,8 +337,10 @@ def assumptions(
     lines = [
         "the peak is that of a steady step, the second one on: optimizer state exists"
         + (", all gradients are alive during the last micro-steps" if run.micro_steps > 1 else ""),
-        "reserved is a replay of three steps between two evaluations through the caching allocator, expandable "
-        f"segments {'on' if run.expandable_segments else 'off'}",
+        "reserved is a replay of "
+        + ("an evaluation, " if program == "nanogpt" and run.eval_interval else "")
+        + f"{N_STEPS} steps{' and an evaluation' if run.eval_interval else ''} through the caching allocator, "
+        f"expandable segments {'on' if run.expandable_segments else 'off'}",
     ]
     if retries:
         times = counted(retries, "time")

@@ -33,6 +33,7 @@ class Pieces:
     parameter_items: list[Item]
     kept: list[Item]  # what the loop's variables hold between micro-steps
     evaluation: list[Item]
+    evaluates_first: bool  # nanoGPT's train.py does, before its first step; gptfit's trainer does not
     flops_per_token: int
     saved_bytes: int
     n_params: int
@@ -128,6 +129,7 @@ def pieces(run: RunConfig, program: str, whole: bool = True, kernels: bool = Fal
         ],
         kept=kept,
         evaluation=evaluation(Writer(run.n_layer, kernels), program, run) if whole else [],
+        evaluates_first=program == "nanogpt",
         flops_per_token=3 * flops // (run.batch_size * run.block_size),
         saved_bytes=saved,
         n_params=sum(math.prod(p.shape) * p.count for p in params),
@@ -197,10 +199,10 @@ def setup_items(run: RunConfig, p: Pieces) -> list[Item]:
 
 
 def first_steps(run: RunConfig, p: Pieces, n_steps: int = 3, n_micro: int = 3) -> Tape:
-    """A run from its start, for the allocator: evaluation, the first step, which creates the optimizer's
+    """A run from its start, for the allocator: an evaluation or none, the first step, which creates the optimizer's
     state where it is not there yet, and steady ones. From the third micro-step of a step on nothing new happens, so
     `n_micro` are enough."""
-    evaluation = p.evaluation if run.eval_interval else []
+    evaluation = p.evaluation if run.eval_interval and p.evaluates_first else []
     items: list[Item] = [Mark("setup", "parameters"), *setup_items(run, p), *evaluation]
     makes_states = not (run.optimizer_in_backward or run.creates_states_first)
     micro_steps = min(run.micro_steps, n_micro)
