@@ -7,12 +7,12 @@ import torch
 
 from gptfit.config import RunConfig, make_run
 from gptfit.estimate import estimate, under_program
-from gptfit.memory.step import pieces
-from gptfit.memory.tape import Tape
+from gptfit.memory.step import pieces, steady_step
+from gptfit.memory.tape import Mark, Tape
 from gptfit.memory.whole_run import run_phases, sampling
 from gptfit.model import GPT
 from gptfit.recorder import Recorder
-from gptfit.trace import as_on_cuda, trace_program
+from gptfit.trace import Traced, as_on_cuda, trace_program
 
 BASE = {"n_layer": 2, "n_head": 4, "n_embd": 128, "vocab_size": 3000, "block_size": 128, "batch_size": 4}
 BASE |= {"gradient_accumulation_steps": 2, "compile": False}
@@ -60,6 +60,33 @@ def test_the_first_step_is_its_trace(program: str, keys: dict[str, Any]) -> None
     run = under_program(make_run({**BASE, **keys}), program)
     traced = trace_program(run, program, steps=1).live_bytes
     assert phase(run, program, "first step") == pytest.approx(traced, rel=1e-3)
+
+
+def phases_of(traced: Traced) -> dict[str, int]:
+    """Peaks of the trace's phases. The loss's own gradient, made and divided by the loop, is of none: the trace does
+    not know yet that the loss's backward begins."""
+    before = ("ones_like", "DivBackward0")
+    items = [item for item in traced.tape.items if not (isinstance(item, Mark) and item.op in before)]
+    return Tape(items).phases()
+
+
+@pytest.mark.parametrize(
+    ("program", "keys"),
+    [
+        ("nanogpt", {}),
+        ("nanogpt", {"batch_size": 1, "block_size": 64, "n_layer": 4, "gradient_accumulation_steps": 1}),
+        ("nanogpt", {"dtype": "float32", "dropout": 0.1, "bias": True}),
+        ("nanogpt", {"vocab_size": 65}),
+        ("gptfit", {"loss": "full"}),
+        ("gptfit", LLAMA),
+        ("gptfit", {"dtype": "float32", "activation_checkpointing": "block", "vocab_size": 65}),
+    ],
+)
+def test_peaks_of_the_phases_of_a_step_are_those_of_its_trace(program: str, keys: dict[str, Any]) -> None:
+    run = under_program(make_run({**BASE, **keys}), program)
+    traced, own = phases_of(trace_program(run, program)), steady_step(run, pieces(run, program, whole=False)).phases()
+    names = ["forward", "loss", "backward", "optimizer", *(["loss backward"] if program == "nanogpt" else [])]
+    assert [own[name] for name in names] == pytest.approx([traced[name] for name in names], rel=0.005)
 
 
 @pytest.mark.parametrize("keys", [{}, {"logit_softcap": 10.0}, LLAMA, {"tie_embeddings": False, "compile": True}])
