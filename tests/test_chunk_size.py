@@ -8,6 +8,7 @@ from gptfit.estimate import estimate
 from gptfit.gpus import load_gpu
 from gptfit.memory.step import steady_peak
 from gptfit.plan import CHUNK_SIZES, Plan, plan
+from gptfit.verify import verify
 
 
 def planned(card: str, *changes: str) -> Plan:
@@ -50,7 +51,16 @@ def test_no_candidate_is_another_one_with_a_smaller_chunk() -> None:
             assert each.run.loss_chunk_size < 2 * each.run.batch_size * each.run.block_size
 
 
-def test_a_compiled_chunk_of_4096_costs_three_of_its_logits_less_than_eager() -> None:
+@pytest.mark.parametrize("changes", [{"logit_softcap": 15.0, "loss_chunk_size": 200}, {"dtype": "float32"}])
+def test_a_compiled_chunk_is_inductors_plan(changes: dict[str, object]) -> None:
+    """A model whose peak is in the loss; with the soft-cap its last chunk is shorter."""
+    shape = {"n_layer": 1, "n_head": 2, "n_embd": 64, "vocab_size": 4096, "block_size": 64, "batch_size": 8}
+    found = verify(make_run({**shape, "gradient_accumulation_steps": 2, **changes}))
+    assert found.estimate is not None and found.traced.peak.phase == "loss"
+    assert found.estimate.live_bytes == pytest.approx(found.traced.live_bytes, rel=0.0005)
+
+
+def test_a_compiled_chunk_of_4096_costs_an_fp32_copy_less_than_eager() -> None:
     """Eager: an fp32 copy beside the bf16 logits. Compiled: three numbers a row."""
     run = make_run({"n_layer": 1, "n_head": 2, "n_embd": 64, "vocab_size": 65536, "block_size": 4096, "batch_size": 1})
     run = derive(run, loss_chunk_size=4096)

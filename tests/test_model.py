@@ -219,6 +219,7 @@ def test_compiling_breaks_no_graph_and_changes_no_number(changes):
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")  # of what inductor imports
 @pytest.mark.parametrize("loss", ["chunked", "full"])
 def test_a_memory_budget_keeps_less_and_changes_no_number(loss):
     """Under torch.compile's own front end and partitioner."""
