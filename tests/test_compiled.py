@@ -101,13 +101,55 @@ CHECKPOINTED: list[Row] = [
     ((3, 25, 1600, 50304, 1024, 8), {"gradient_accumulation_steps": 1}, 505527808, 3377988096),
     ((12, 12, 768, 50304, 1024, 12), {}, 626553344, 3088398848),
     ((12, 12, 768, 50304, 1024, 4), {"checkpoint_every": 2}, 939348480, 3193259008),
-    ((8, 16, 1024, 50304, 1024, 4), {"n_kv_head": 4, **LLAMA}, 348709376, 3920514560),
+    (
+        (8, 16, 1024, 50304, 1024, 4),
+        {"n_kv_head": 4, "gradient_accumulation_steps": 1, **LLAMA},
+        348709376,
+        3147611648,
+    ),
+]
+# Levers mixed: what is run again beside what was kept, one round beside the next.
+MIXED: list[Row] = [
+    ((4, 4, 64, 65, 128, 32), {"bias": True, "norm": "rmsnorm", "checkpoint_every": 2}, 21443584, 27527680),
+    (
+        (6, 2, 256, 65, 128, 3),
+        {"dropout": 0.1, "norm": "rmsnorm", "mlp": "swiglu", "checkpoint_every": 3},
+        23360512,
+        110158848,
+    ),
+    ((4, 3, 192, 65, 1024, 3), {"norm": "rmsnorm", "mlp": "swiglu", "checkpoint_every": 2}, 48372736, 86003200),
+    ((3, 2, 256, 256, 128, 32), {"norm": "rmsnorm", "mlp": "relu2", "qk_norm": True}, 14974464, 120482304),
+    ((3, 2, 64, 1000, 1024, 2), {"dropout": 0.1, "n_kv_head": 1, "mlp": "relu2"}, 2254848, 13048832),
+    (
+        (5, 3, 192, 256, 512, 16),
+        {"bias": True, "norm": "rmsnorm", "mlp": "relu2", "checkpoint_every": 3, "param_dtype": "bfloat16"},
+        158021120,
+        200058368,
+    ),
+    ((3, 6, 192, 256, 512, 2), {"norm": "rmsnorm", "position": "rope"}, 2969088, 34660352),
+    ((4, 3, 384, 1000, 512, 4), {"mlp": "swiglu", "position": "rope", "checkpoint_every": 3}, 79512064, 221100032),
+    ((6, 2, 128, 65, 512, 4), {"dtype": "float32", "qk_norm": True}, 7420928, 42265600),
+]
+MIXED_KEYS: list[dict[str, object]] = [
+    {"loss": "full", "gradient_accumulation_steps": 4, "optimizer": "muon"},
+    {"loss": "full", "gradient_accumulation_steps": 4},
+    {"loss": "full", "gradient_accumulation_steps": 4, "optimizer": "sgd"},
+    {},
+    {},
+    {},
+    {"gradient_accumulation_steps": 1},
+    {"optimizer": "lion"},
+    {"optimizer": "adafactor"},
 ]
 ROWS = [
     *(("nanogpt", {"loss": "full"}, row) for row in NANOGPT),
     *(("gptfit", {"loss": "full"}, row) for row in FULL),
     *(("gptfit", {"loss": "chunked"}, row) for row in CHUNKED),
     *(("gptfit", {"loss": "chunked", "activation_checkpointing": "block"}, row) for row in CHECKPOINTED),
+    *(
+        ("gptfit", {"loss": "chunked", "activation_checkpointing": "block", **keys}, row)
+        for keys, row in zip(MIXED_KEYS, MIXED, strict=True)
+    ),
 ]
 
 

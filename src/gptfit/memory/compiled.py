@@ -139,8 +139,13 @@ def assumptions(run: RunConfig, program: str) -> list[str]:
     if run.activation_memory_budget < 1 and (run.n_layer < 4 or few_tokens or run.attention == "math"):
         lines.append("what backward makes again under activation_memory_budget is approximate here: up to a twentieth")
     if run.activation_checkpointing == "block":
+        changed = run.dropout or run.qk_norm or run.position == "rope"
         if run.attention == "math":
-            lines.append("blocks with attention written out are run again several at a time: up to a fifth more")
-        elif run.checkpoint_every > 1 or run.dropout or run.qk_norm or run.dtype == "float32":
-            lines.append("the order in which blocks are run again is approximate here: up to a sixth either way")
+            lines.append(
+                "blocks with attention written out are run again across each other: up to a quarter either way"
+            )
+        elif few_tokens:
+            lines.append("with so few tokens the kernels' order follows their sizes: up to a twelfth either way")
+        elif run.checkpoint_every > 1 and changed:
+            lines.append("what is kept between checkpoints is approximate here: up to a twelfth either way")
     return lines

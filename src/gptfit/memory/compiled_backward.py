@@ -8,6 +8,7 @@ the activations that it sets free; then it comes last. Read off the wrappers, CP
 
 from gptfit.memory.autograd import Parameter, Shape, Tensor
 from gptfit.memory.compiled_forward import CompiledForward, Stretch, base_name
+from gptfit.memory.compiled_rounds import Rounds
 from gptfit.memory.tape import Buffer, Event, Item, Loop
 
 
@@ -168,47 +169,6 @@ class Compiled(CompiledForward):
             del scratch
         return parts
 
-    def recomputed_backward(self, room: list[Tensor], place: int) -> None:
-        """Backward of a block that kept its input alone. It runs again in `room`, which the stretch that is run first,
-        `place` -1, makes, and the one that is run last, `place` -n, lets go of."""
-        if place == -1:
-            room += self.room_to_recompute()
-        self.gradients("h.*.mlp.c_proj", *self.mlp_inputs, "h.*.ln_2")
-        if place == -len(self.stretches):
-            room[:] = [tensor for tensor in room if ".mlp." not in tensor.storage.buffer.name]
-        parts = self.attention_gradients()
-        parts.clear()
-        self.gradients("h.*.attn.c_proj", "h.*.attn.c_attn", "h.*.ln_1")
-        self.kept.clear()
-        # Later ones find more buffers in use when they come to their MLP.
-        gated = self.run.mlp == "swiglu"
-        if gated and place == -1 and len(self.stretches) > 1 and self.low != "float32":
-            stream = self.activation("any block.stream", self.run.n_embd, self.low)
-            room += [*self.hidden("c_fc gradient", "c_gate gradient"), stream]
-        elif not gated and place == -2 and len(self.stretches) > 3:
-            room += self.hidden("c_fc gradient")
-
-    def room_to_recompute(self) -> list[Tensor]:
-        """What a block fills that is run again and differentiated; its norms' inputs are made in passing."""
-        run = self.run
-        but = ["ln_1 normalised"]
-        if len(self.stretches) > 2:
-            but.append("ln_2 normalised")
-        if self.low == "float32":
-            but.append("attn.c_proj")
-        flops = self.w.flops
-        room = self.block_again(but=tuple(but))
-        self.w.flops = flops  # the model's FLOPs do not count what is computed twice
-        if run.mlp == "swiglu":
-            room += self.hidden("silu")
-        if run.qk_norm:
-            width = run.n_embd + 2 * run.n_kv_head * run.head_size
-            room.append(self.activation("any block.attn.qkv gradient", width, self.low))
-        return room
-
-    def hidden(self, *labels: str) -> list[Tensor]:
-        return [self.activation(f"any block.mlp.{label}", self.run.n_hidden, self.low) for label in labels]
-
     def before_logits_go(self) -> None:
         """What is written while the logits and their gradient are there."""
 
@@ -221,26 +181,31 @@ class Compiled(CompiledForward):
         c = run.n_embd
         self.late = self.is_late()
         w.mark("blocks", "backward")
+        if self.checkpoints:
+            rounds = Rounds(self, dx)
+            rounds.write()
+            self.head_kept.clear()
+            part = self.embedding_backward(tied_here)
+            rounds.write_end()
+            self.embedding_kept.clear()
+            self.inputs.clear()
+            part.clear()
+            return
         reused = [dx, w.empty("stream gradient", "temporary", self.shape(c), run.param_dtype)]
         self.gradients("ln_f")
-        room: list[Tensor] = []
         late: list[tuple[Stretch, list[Tensor]]] = []
         self.head_kept.clear()
-        for place, stretch in zip(range(-1, -len(self.stretches) - 1, -1), reversed(self.stretches), strict=True):
+        for stretch in reversed(self.stretches):
             with w.loop(stretch.n, reverse=True, start=stretch.start, stride=stretch.stride):
                 while stretch.kept:
                     self.kept = stretch.kept.pop()
                     w.shift = len(stretch.kept)
                     w.mark("block")
-                    if self.checkpoints and w.shift == 0:
-                        self.recomputed_backward(room, place)
-                    else:
-                        waiting = self.block_backward()
-                        if self.late:
-                            late.append((stretch, waiting))
-                        del waiting
+                    waiting = self.block_backward()
+                    if self.late:
+                        late.append((stretch, waiting))
+                    del waiting
         w.shift = 0
-        room.clear()
         reused += self.embedding_backward(tied_here)
         if self.late:
             self.late_gradients(late)

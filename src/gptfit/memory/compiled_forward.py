@@ -25,6 +25,8 @@ class Stretch:
     kept: list[list[Tensor]] = field(default_factory=list)
 
 
+SINGLE_ROUNDS = 8  # of so many checkpoints each is planned for itself
+
 # Of a block that keeps nothing, what is never there as a tensor: its norms and its activation are made in passing.
 FUSED = ("ln_1 normalised", "ln_2 normalised", "mlp.h", "attn.c_proj", "mlp.c_proj")
 
@@ -59,12 +61,13 @@ class CompiledForward(Program):
         the embedding), or keeps less of its attention (written out)."""
         run = self.run
         if self.checkpoints:
-            # The last rounds apart, which backward runs first, in new buffers; and the first, where it drops them.
+            # Some rounds at both ends apart: it takes a few until the buffers in use repeat (compiled_rounds.py).
             every = min(run.checkpoint_every, run.n_layer)
             rounds = -(-run.n_layer // every)
-            single = (0, rounds - 2, rounds - 1) if rounds > 3 else range(rounds)
+            many = rounds > SINGLE_ROUNDS
+            single = (0, 1, *range(rounds - 4, rounds)) if many else range(rounds)
             found = [Stretch(1, i * every, min(every, run.n_layer - i * every)) for i in single]
-            return [found[0], Stretch(rounds - 3, every, every), *found[1:]] if rounds > 3 else found
+            return [*found[:2], Stretch(rounds - 6, 2 * every, every), *found[2:]] if many else found
         if self.first_is_gathered or run.attention == "math":
             return [Stretch(1, 0, 1), Stretch(run.n_layer - 1, 1, 1)] if run.n_layer > 1 else [Stretch(1, 0, 1)]
         return [Stretch(run.n_layer, 0, 1)]

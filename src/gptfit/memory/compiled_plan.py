@@ -1,0 +1,233 @@
+"""From a list of kernels to the memory that inductor's wrapper takes for it: order, lifetimes, reuse of buffers.
+
+A miniature of what torch 2.13 does between fusion and code: fused kernels are sorted so that each stands where its
+first part stood, with what it needs before it (torch/_inductor/scheduler.py, topological_sort_schedule); a buffer is
+let go of after its last reader, and the next of the same size takes its place, unless that would raise the peak of
+the whole graph (torch/_inductor/codegen/wrapper.py, AllocateLine.should_reuse_buffer). On a CPU kernels between two
+calls of libraries are one function, whose arguments are let go of when it is called.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+# What may become of a buffer: it is made and dropped here; handed out at the end; kept from forward; made by an op of
+# torch itself, in memory of its own; or handed in, which inductor does not count.
+TEMPORARY, OUTPUT, SAVED, FRESH, GIVEN = "temporary", "output", "saved", "fresh", "given"
+
+
+class Slot(NamedTuple):
+    """A buffer: `n_bytes` and `dtype` say whose place it can take; `whole` is the buffer that it is a part of."""
+
+    n_bytes: int
+    dtype: str
+    kind: str = TEMPORARY
+    whole: str = ""
+
+
+@dataclass(slots=True)
+class Kernel:
+    """What one kernel writes and reads. `extern`: a call of a library. `places`: which of its inputs an output may
+    overwrite. `inside` is scratch that is counted and never made; kernels of one `group` are fused. `parts`: how many
+    nodes of inductor's graph it is, before any are fused."""
+
+    writes: tuple[str, ...]
+    reads: tuple[str, ...]
+    extern: bool = False
+    places: Mapping[str, str] = field(default_factory=dict)
+    inside: int = 0
+    group: str = ""
+    parts: int = 1
+
+
+class Step(NamedTuple):
+    """One allocation or free, `name` that of a buffer; `kernel` is the position in the order."""
+
+    sign: int
+    name: str
+    kernel: int
+
+
+# Kernels of alike rounds that read the same tables are fused unless more nodes than this lie between the first part of
+# one and the last of the other (scheduler.py, are_long_distant_nodes).
+MAX_DISTANCE = 64
+
+
+def fuse_near(kernels: Iterable[Kernel], kind: str, span: int) -> None:
+    """Fuses kernels of groups that end in `kind`, `span` nodes long each, two by two where they are near enough."""
+    position, first, start = 0, None, 0
+    for kernel in kernels:
+        if kernel.group.endswith(kind):
+            if first is not None and position + span - start <= MAX_DISTANCE:
+                kernel.group = first.group
+                first = None
+            else:
+                first, start = kernel, position
+        position += kernel.parts
+
+
+def fuse_with_next(kernels: Iterable[Kernel], kind: str, other: str) -> None:
+    """Fuses kernels of groups that end in `kind` with the next one of `other`, if that is fused with none yet."""
+    kernels = list(kernels)
+    taken = [kernel.group for kernel in kernels]
+    position, last, start = 0, None, 0
+    for kernel in kernels:
+        if kernel.group.endswith(kind):
+            last, start = kernel, position
+        elif kernel.group.endswith(other) and last is not None and taken.count(kernel.group) == 1:
+            near = position + kernel.parts - 1 - start <= MAX_DISTANCE
+            last.group = kernel.group if near else last.group
+            last = None
+        position += kernel.parts
+
+
+def fused(kernels: Iterable[Kernel]) -> list[Kernel]:
+    """Kernels of one group made one, in the order in which they can run."""
+    merged: dict[str, Kernel] = {}
+    found: list[Kernel] = []
+    for kernel in kernels:
+        if kernel.group and kernel.group in merged:
+            one = merged[kernel.group]
+            one.writes += kernel.writes
+            one.reads += tuple(name for name in kernel.reads if name not in one.reads)
+            one.inside += kernel.inside
+            one.places = {**one.places, **kernel.places}
+            continue
+        if kernel.group:
+            merged[kernel.group] = kernel
+        found.append(kernel)
+    return sorted_by_need(found)
+
+
+def sorted_by_need(kernels: list[Kernel]) -> list[Kernel]:
+    """Each in its place, and before it what it needs: depth first."""
+    makers = {name: kernel for kernel in kernels for name in kernel.writes}
+    seen: set[int] = set()
+    order: list[Kernel] = []
+    for first in kernels:
+        stack: list[tuple[Kernel, bool]] = [(first, False)]
+        while stack:
+            kernel, ready = stack.pop()
+            if ready:
+                order.append(kernel)
+            elif id(kernel) not in seen:
+                seen.add(id(kernel))
+                stack.append((kernel, True))
+                needed = [makers[name] for name in kernel.reads if name in makers]
+                stack += [(other, False) for other in reversed(needed) if other is not kernel]
+    return order
+
+
+class Plan:
+    """The steps of `kernels` in their order. Buffers that are kept from forward are there at the start. `unseen`: bytes
+    that are alive from one kernel to before another, and are none of their buffers."""
+
+    def __init__(
+        self, kernels: list[Kernel], slots: Mapping[str, Slot], unseen: Iterable[tuple[int, int, int]] = ()
+    ) -> None:
+        self.kernels = kernels
+        self.slots = slots
+        self.last: dict[str, int] = {name: index for index, kernel in enumerate(kernels) for name in kernel.writes}
+        self.last |= {name: index for index, kernel in enumerate(kernels) for name in kernel.reads}
+        self.whole_last()
+        self.live = self.live_bytes()
+        for start, stop, n_bytes in unseen:
+            for index in range(start, stop):
+                self.live[index] += n_bytes
+        self.peak_bytes = max(self.live, default=0)
+        self.steps: list[Step | None] = []
+        self.pool: dict[tuple[int, str], list[tuple[str, int, int]]] = {}
+        self.storage: dict[str, str] = {}
+        self.pending: list[int] = []
+        for index, kernel in enumerate(kernels):
+            self.run(index, kernel)
+        self.flush(len(kernels))
+
+    def whole_last(self) -> None:
+        """A buffer of parts lives until the last of them is read."""
+        for name, slot in self.slots.items():
+            if slot.whole and name in self.last:
+                self.last[slot.whole] = max(self.last.get(slot.whole, 0), self.last[name])
+
+    def live_bytes(self) -> list[int]:
+        """Bytes at each kernel, as inductor estimates them: parts and whole are both counted."""
+        delta = [0] * (len(self.kernels) + 1)
+        for name, last in self.last.items():
+            slot = self.slots[name]
+            if slot.kind == SAVED:
+                delta[0] += slot.n_bytes
+            if slot.kind not in (OUTPUT, GIVEN):
+                delta[last + 1] -= slot.n_bytes
+        for index, kernel in enumerate(self.kernels):
+            delta[index] += sum(self.slots[name].n_bytes for name in kernel.writes) + kernel.inside
+            delta[index + 1] -= kernel.inside
+        live, total = [], 0
+        for change in delta[:-1]:
+            total += change
+            live.append(total)
+        return live
+
+    # ---- the wrapper --------------------------------------------------------------------------------------------
+
+    def run(self, index: int, kernel: Kernel) -> None:
+        if kernel.extern:
+            self.flush(index)
+        for name in kernel.writes:
+            self.allocate(name, index, kernel)
+        self.pending.append(index)
+        if kernel.extern:
+            self.flush(index)
+
+    def allocate(self, name: str, index: int, kernel: Kernel) -> None:
+        slot = self.slots[name]
+        if slot.whole:
+            name, slot = slot.whole, self.slots[slot.whole]
+        if name in self.storage:
+            return
+        source = kernel.places.get(name, "")
+        if source and self.last[source] == index and self.slots[source].kind == TEMPORARY:
+            self.storage[name] = self.storage.pop(source)
+            return
+        self.storage[name] = name
+        if slot.kind != FRESH and slot.n_bytes:
+            free = self.reusable(slot, index)
+            if free is not None:
+                freed, position, _ = free
+                self.steps[position] = None
+                if slot.kind != OUTPUT:
+                    self.storage[name] = freed
+                    return
+                self.steps.append(Step(-1, freed, index))
+        self.steps.append(Step(1, name, index))
+
+    def reusable(self, slot: Slot, index: int) -> tuple[str, int, int] | None:
+        """The last buffer of this size that was let go of, if holding it until now raises no peak."""
+        free = self.pool.get((slot.n_bytes, slot.dtype))
+        if not free:
+            return None
+        start = free[-1][2] + 1
+        if start != index:
+            if max(self.live[start:index], default=0) + slot.n_bytes > self.peak_bytes:
+                return None
+            for between in range(start, index):
+                self.live[between] += slot.n_bytes
+        return free.pop()
+
+    def flush(self, now: int) -> None:
+        """Lets go of what the kernels since the last call were the last to read."""
+        for index in self.pending:
+            kernel = self.kernels[index]
+            for name in dict.fromkeys((*kernel.writes, *kernel.reads)):
+                slot = self.slots[name]
+                if slot.whole:
+                    name, slot = slot.whole, self.slots[slot.whole]
+                if self.last[name] != index or slot.kind == OUTPUT:
+                    continue
+                if slot.kind in (SAVED, GIVEN):
+                    self.steps.append(Step(-1, name, index))
+                elif name in self.storage:
+                    storage = self.storage.pop(name)
+                    if slot.kind != FRESH:  # whose alignment is not known
+                        self.pool.setdefault((slot.n_bytes, slot.dtype), []).append((storage, len(self.steps), now))
+                    self.steps.append(Step(-1, storage, index))
+        self.pending.clear()

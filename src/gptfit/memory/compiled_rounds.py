@@ -1,0 +1,168 @@
+"""The backward of a compiled step with checkpoints on the tape: rounds of `checkpoint_every` blocks, alike ones a loop.
+
+A round is a block that is run again and those after it that were kept. Some rounds at either end are planned each for
+itself, one stands for all between: by then the buffers in use repeat.
+"""
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from gptfit.memory.autograd import Tensor
+from gptfit.memory.compiled_again import Again
+from gptfit.memory.compiled_forward import Stretch, base_name
+from gptfit.memory.compiled_plan import FRESH, GIVEN, OUTPUT, SAVED, Plan, Slot, Step, fuse_near, fuse_with_next, fused
+from gptfit.memory.tape import Buffer, Event, make_buffer
+
+if TYPE_CHECKING:
+    from gptfit.memory.compiled_backward import Compiled
+
+FINAL = "final norm gradient"
+
+
+class Rounds:
+    """Plans the rounds of `program` and writes them. `dx`: the gradient of the final norm's output."""
+
+    def __init__(self, program: "Compiled", dx: Tensor) -> None:
+        self.program = program
+        self.dx = dx
+        self.listing = Again(program.run)
+        self.ends: list[int] = []  # the last kernel of each round
+        self.list_kernels()
+        self.rounds: list[list[Step]] = [[] for _ in range(len(program.stretches) + 1)]
+        for step in self.planned():
+            self.rounds[self.round_of(step)].append(step)
+        self.buffers = self.shown()
+
+    def list_kernels(self) -> None:
+        """Kernels of all stretches, from the last to the first, a loop's once."""
+        program, listing = self.program, self.listing
+        run = program.run
+        above = listing.slot(FINAL, self.dx.shape, self.dx.dtype, FRESH if run.loss == "full" else GIVEN)
+        if run.loss == "full":
+            n_logits = run.batch_size * run.block_size * run.vocab_size
+            listing.add([above], [])
+            listing.kernels[-1].inside = n_logits * 2 * (2 if run.dtype != "float32" else 4)
+        for stretch in reversed(program.stretches):
+            places = [f"{stretch.start}+{position}/" for position in range(stretch.stride)]
+            kept = [self.saved(place, tensors) for place, tensors in zip(places, stretch.kept, strict=True)]
+            last = stretch is program.stretches[-1]
+            final: list[str] = []
+            if last and stretch.stride > 1:
+                final += [self.saved("end/", program.head_kept)[name] for name in self.final_names()]
+            above = listing.round(places, kept, final, above, last, stretch.start == 0)
+        listing.at = ""
+        ends = [listing.slot("end/embedding.grad", (run.vocab_size, run.n_embd), "float32", OUTPUT)]
+        listing.add(ends, [above])
+
+    def saved(self, place: str, tensors: list[Tensor]) -> dict[str, str]:
+        """The buffers that forward kept of a block, by their names in it."""
+        found: dict[str, str] = {}
+        for tensor in tensors:
+            name = tensor.storage.buffer.name.removeprefix("h.*.")
+            found[base_name(tensor).removeprefix("h.*.")] = self.listing.slot(
+                place + name, tensor.shape, tensor.dtype, SAVED
+            )
+        return found
+
+    def final_names(self) -> list[str]:
+        """What the final norm kept, its output left out."""
+        names = [base_name(tensor) for tensor in self.program.head_kept]
+        return [name for name in names if name.startswith("ln_f ")]
+
+    def planned(self) -> list[Step]:
+        listing = self.listing
+        fuse_near(listing.kernels, "rotation", 4)
+        fuse_near(listing.kernels, "/softmax", 1)
+        fuse_with_next(listing.kernels, "/softmax backward", "/softmax")
+        order = fused(listing.kernels)
+        written = [kernel.writes for kernel in order]
+        for stretch in reversed(self.program.stretches):
+            end = f"{stretch.start}+0/x gradient"
+            self.ends.append(next(index for index, names in enumerate(written) if end in names))
+        plan = Plan(order, listing.slots, self.unseen(len(order)))
+        return [step for step in plan.steps if step is not None]
+
+    def round_of(self, step: Step) -> int:
+        """In which round a step is taken. What stays, and what was kept, goes with its own, if a fused kernel touches
+        it in another."""
+        place = step.name.partition("+")[0]
+        if self.listing.slots[step.name].kind in (OUTPUT, SAVED) and place.isdigit():
+            starts = [stretch.start for stretch in reversed(self.program.stretches)]
+            return starts.index(int(place))
+        return sum(step.kernel > end for end in self.ends)
+
+    def unseen(self, stop: int) -> list[tuple[int, int, int]]:
+        """What the rounds that one stands for hold more: what they kept until then, their gradients from then on."""
+        found: list[tuple[int, int, int]] = []
+        for end, stretch in zip(self.ends, reversed(self.program.stretches), strict=True):
+            sizes = {SAVED: 0, OUTPUT: 0}
+            for name, slot in self.listing.slots.items():
+                if name.partition("+")[0] == str(stretch.start) and slot.kind in sizes:
+                    sizes[slot.kind] += slot.n_bytes
+            found.append((0, end + 1, (stretch.n - 1) * sizes[SAVED]))
+            found.append((end + 1, stop, (stretch.n - 1) * sizes[OUTPUT]))
+        return [row for row in found if row[2]]
+
+    def shown(self) -> dict[str, Buffer]:
+        """The buffer of each storage: of one size all are named alike, as they take each other's place."""
+        names: dict[Slot, str] = {}
+        found: dict[str, Buffer] = {}
+        for name, slot in self.listing.slots.items():
+            shape, dtype = self.listing.shapes[name]
+            label = names.setdefault(slot._replace(kind="", whole=""), name.split("/")[-1])
+            found[name] = make_buffer(f"any block.{label}", "temporary", shape, dtype)
+        found[FINAL] = self.dx.storage.buffer
+        self.dx.storage.forget()
+        return found
+
+    def write(self) -> None:
+        program = self.program
+        w = program.w
+        for steps, stretch in zip(self.rounds[:-1], reversed(program.stretches), strict=True):
+            before, steps, after = self.balanced(steps) if stretch.n > 1 else ([], steps, [])
+            self.write_steps(before, stretch)
+            with w.loop(stretch.n, reverse=True, start=stretch.start, stride=stretch.stride):
+                w.mark("block")
+                self.write_steps(steps, stretch)
+                stretch.kept.clear()
+            w.shift = 0
+            self.write_steps(after, stretch)
+
+    def write_end(self) -> None:
+        """What goes when the embeddings' gradients are made."""
+        self.write_steps(self.rounds[-1], self.program.stretches[0])
+
+    def write_steps(self, steps: list[Step], stretch: Stretch) -> None:
+        program = self.program
+        w = program.w
+        for sign, name, _ in steps:
+            place, _, label = name.rpartition("/")
+            w.shift = int(place.partition("+")[2] or 0)
+            kind = self.listing.slots[name].kind
+            if kind == OUTPUT:
+                if place != "end":
+                    parameter = label.removesuffix(".grad")
+                    program.gradient(parameter if parameter.startswith("ln_f") else f"h.*.{parameter}")
+            elif kind == SAVED:
+                kept = program.head_kept if place == "end" else stretch.kept[w.shift]
+                kept[:] = [tensor for tensor in kept if tensor.storage.buffer.name.removeprefix("h.*.") != label]
+            elif not (sign > 0 and name == FINAL):
+                w.items.append(Event(sign, self.buffers[name]))
+        w.shift = 0
+
+    def balanced(self, steps: list[Step]) -> tuple[list[Step], list[Step], list[Step]]:
+        """`steps` of a round that is repeated, less what it makes for good or frees for good: that is done before, and
+        after."""
+        net = Counter[Buffer]()
+        for sign, name, _ in steps:
+            if self.listing.slots[name].kind not in (OUTPUT, SAVED):
+                net[self.buffers[name]] += sign
+        before, inside, after = [], [], []
+        for step in steps:
+            buffer = self.buffers[step.name]
+            if net[buffer] * step.sign > 0 and self.listing.slots[step.name].kind not in (OUTPUT, SAVED):
+                net[buffer] -= step.sign
+                (before if step.sign > 0 else after).append(step)
+            else:
+                inside.append(step)
+        return before, inside, after
