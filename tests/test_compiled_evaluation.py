@@ -14,7 +14,7 @@ from gptfit.memory.tape import Tape
 
 KEYS = ("n_layer", "n_head", "n_embd", "vocab_size", "block_size", "batch_size")
 
-# Program, values of KEYS, other keys, bytes at the live peak of an evaluation: parameters, its batch, what is made of it.
+# Program, values of KEYS, other keys, bytes at the live peak of an evaluation: parameters, batch, what is made of it.
 ROWS: list[tuple[str, tuple[int, ...], dict[str, object], int]] = [
     (
         "gptfit",

@@ -138,11 +138,21 @@ class Lean(Compiled):
                     self.kept = []
             w.shift = 0
         part = self.embedding_backward(tied_here)
-        self.embedding_kept.clear()
         self.inputs.clear()
         part.clear()
-        self.rooms.clear()
+
+    def embedding_backward(self, tied_here: bool) -> list[Tensor]:
+        """After the last block no room is used again; what the embedding's gradient is made of goes with it."""
+        tied = self.run.tie_embeddings
+        last = ("qkv gradient", "stream gradient", "mlp input gradient")
+        self.rooms = {name: room for name, room in self.rooms.items() if name in last}
         self.top_sums.clear()
+        part = super().embedding_backward(tied_here=False)
+        self.rooms.clear()
+        self.embedding_kept.clear()
+        if tied and tied_here:
+            self.gradient("wte.weight")
+        return part
 
     def sum_of_stream(self, name: str) -> Tensor:
         return self.w.empty(name, "temporary", self.shape(self.run.n_embd), self.run.param_dtype)
