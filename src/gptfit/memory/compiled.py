@@ -146,6 +146,8 @@ def assumptions(run: RunConfig, program: str) -> list[str]:
             )
         elif few_tokens:
             lines.append("with so few tokens the kernels' order follows their sizes: up to a twelfth either way")
+        elif run.param_dtype == "bfloat16" and run.position == "rope":
+            lines.append("which kernels of two blocks are fused is approximate here: up to a tenth either way")
         elif run.checkpoint_every > 1 and changed:
             lines.append("what is kept between checkpoints is approximate here: up to a twelfth either way")
     return lines

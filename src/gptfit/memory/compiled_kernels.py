@@ -260,7 +260,7 @@ class Block(Listing):
                 for half in ("low", "high")
             ]
             turned = [self.rows(f"attn.{part} turned", width) for part, width in (("q", c), ("k", kv))]
-            self.add(halves, [before["q"], before["k"]], parts=4)
+            self.add(halves, [before["q"], before["k"]], parts=4, group=f"{self.at}turning")
             for name, parts in zip(turned[::-1], (halves[2:], halves[:2]), strict=True):
                 self.add([name], parts)
             before |= dict(zip("qk", turned, strict=True))

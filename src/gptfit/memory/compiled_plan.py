@@ -55,9 +55,11 @@ MAX_DISTANCE = 64
 
 def fuse_near(kernels: Iterable[Kernel], kind: str, span: int) -> None:
     """Fuses kernels of groups that end in `kind`, `span` nodes long each, two by two where they are near enough."""
+    kernels = list(kernels)
+    taken = [kernel.group for kernel in kernels]
     position, first, start = 0, None, 0
     for kernel in kernels:
-        if kernel.group.endswith(kind):
+        if kernel.group.endswith(kind) and taken.count(kernel.group) == 1:
             if first is not None and position + span - start <= MAX_DISTANCE:
                 kernel.group = first.group
                 first = None

@@ -71,7 +71,12 @@ class Rounds:
 
     def planned(self) -> list[Step]:
         listing = self.listing
-        fuse_near(listing.kernels, "rotation", 4)
+        run = self.program.run
+        if (
+            run.attention == "flash" and run.dtype == "float32"
+        ):  # turning gradients back is laid out as turning q and k is
+            fuse_with_next(listing.kernels, "/turning", "/rotation")
+        fuse_near(listing.kernels, "/rotation", 4)
         fuse_near(listing.kernels, "/softmax", 1)
         fuse_with_next(listing.kernels, "/softmax backward", "/softmax")
         order = fused(listing.kernels)
