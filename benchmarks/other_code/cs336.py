@@ -128,7 +128,8 @@ class Model(nn.Module):
         self.norm, self.head = Norm(n_embd), matrix(VOCAB_SIZE, n_embd)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        x = self.embedding[tokens, :]
+        embedded = self.embedding[tokens, :]  # alive as long as the forward runs
+        x = embedded
         for block in self.blocks:
             x = block(x)
         x = self.norm(x)

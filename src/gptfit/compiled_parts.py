@@ -60,11 +60,13 @@ def plan_part(compiled: nn.Module, recorder: Recorder) -> None:
         )
         if key not in ready:
             ready[key] = InOrder(model, named)
-            plan_module(ready[key], recorder)
+            plan_module(ready[key], recorder, donates=True)
         ready[key].named = named
         tensors = ready[key].tensors
         ready[key].named = {name: None if isinstance(value, Tensor) else value for name, value in named.items()}
         del named, args, kwargs  # or a batch that the caller lets go would live on here
+        if recorder.phase == "optimizer":  # what is inside calls no hooks
+            recorder.begin_forward(())
         with norms_in_parts():
             return ready[key](*tensors)
 

@@ -58,11 +58,19 @@ def target(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.dt
     return None
 
 
-def cast(value: Any, dtype: torch.dtype) -> Any:
-    """`value`, and what is in it if it is a list or a tuple, in `dtype`. Differentiable."""
+def cast(value: Any, dtype: torch.dtype, copies: dict[Tensor, Tensor]) -> Any:
+    """`value`, and what is in it if it is a list or a tuple, in `dtype`. Differentiable. `copies` are those of
+    parameters, which autocast keeps until its region ends, without gradients too (autocast_mode.cpp, cached_cast)."""
     if type(value) in (list, tuple):
-        return type(value)(cast(part, dtype) for part in value)
-    return value.to(dtype) if is_eligible(value) else value
+        return type(value)(cast(part, dtype, copies) for part in value)
+    if not is_eligible(value) or value.dtype == dtype:
+        return value
+    is_kept = value.dtype == torch.float32 and value.requires_grad and value.is_leaf and not value._is_view()
+    if not (is_kept and torch.is_autocast_cache_enabled()):
+        return value.to(dtype)
+    if value not in copies:
+        copies[value] = value.to(dtype)
+    return copies[value]
 
 
 def is_eligible(value: Any) -> bool:

@@ -34,6 +34,7 @@ class CudaKernels(TorchFunctionMode):
     def __init__(self, recorder: Recorder) -> None:
         super().__init__()
         self.recorder = recorder
+        self.copies: dict[Tensor, Tensor] = {}  # casts that autocast keeps
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -51,7 +52,8 @@ class CudaKernels(TorchFunctionMode):
         with ExcludeDispatchKeys(AUTOCAST_CPU):
             if dtype is None:
                 return call(*args, **kwargs)
-            return call(*(cast(arg, dtype) for arg in args), **{key: cast(arg, dtype) for key, arg in kwargs.items()})
+            named = {key: cast(arg, dtype, self.copies) for key, arg in kwargs.items()}
+            return call(*(cast(arg, dtype, self.copies) for arg in args), **named)
 
     def make_on_host(self, *args: Any, **kwargs: Any) -> Tensor:
         self.recorder.making_on_host = True
@@ -66,16 +68,21 @@ class CudaKernels(TorchFunctionMode):
         mode off while it calls a function for it, and `Tensor.backward` is such a function."""
         autograd: Any = torch.autograd
         original = autograd._engine_run_backward
+        clear = torch.clear_autocast_cache
 
         def run(*args: Any, **kwargs: Any) -> Any:
             with self:
                 return original(*args, **kwargs)
 
-        autograd._engine_run_backward = run
+        def clear_all() -> None:  # what the outermost autocast calls where it ends
+            clear()
+            self.copies.clear()
+
+        autograd._engine_run_backward, torch.clear_autocast_cache = run, clear_all
         try:
             yield
         finally:
-            autograd._engine_run_backward = original
+            autograd._engine_run_backward, torch.clear_autocast_cache = original, clear
 
 
 def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False, train: bool = True) -> Tensor:

@@ -6,8 +6,8 @@ calls the kernels, and reuses and deletes buffers. All of that runs here as it d
 the kernels are left out. What remains is a step that allocates and frees what the compiled one does, in that order,
 under AOTAutograd's own runtime: it makes the zero gradients of unused outputs, too.
 
-The lowering is for the CPU. It fuses nearly as for CUDA; cuBLAS padding of odd shapes (vocab_size 50257) and
-Triton's choices in detail are not in it.
+The lowering is for the CPU, with what a GPU computes again and a CPU keeps set right. It fuses nearly as for CUDA;
+cuBLAS padding of odd shapes (vocab_size 50257) and Triton's choices in detail are not in it.
 """
 
 import builtins
@@ -30,9 +30,13 @@ Call = Callable[[list[Any]], Any]
 SETTINGS = {"cpp.simdlen": 1, "fx_graph_cache": False}
 
 
-def plan_module(model: nn.Module, recorder: Recorder, method: str = "forward", budget: float = 1.0) -> None:
+def plan_module(
+    model: nn.Module, recorder: Recorder, method: str = "forward", budget: float = 1.0, donates: bool = False
+) -> None:
     """Replaces `method` of `model` by what torch.compile would run for it, kernels left out. Training and evaluation
-    are lowered each at its first call, unrecorded. `budget` is torch's activation_memory_budget."""
+    are lowered each at its first call, unrecorded. `budget` is torch's activation_memory_budget; `donates` whether a
+    backward may write over saved tensors that no one else has, as it does from torch 2.6 on. Estimates don't know of
+    that yet, so runs of this program are traced without."""
     original = getattr(type(model), method)
     own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     ready: dict[bool, Callable[..., Any]] = {}
@@ -47,7 +51,7 @@ def plan_module(model: nn.Module, recorder: Recorder, method: str = "forward", b
             with (
                 recorder.paused(),
                 warnings.catch_warnings(action="ignore"),
-                functorch_config.patch(activation_memory_budget=budget),
+                functorch_config.patch(activation_memory_budget=budget, donated_buffer=donates),
             ):  # they are about compiling, or torch's own
                 ready[key] = planned(functional, recorder)
                 lower_now(ready[key], list(own.values()), tuple(torch.empty_like(tensor) for tensor in inputs))
@@ -127,10 +131,12 @@ def marked_checkpoints() -> Iterator[None]:
 
 def lower_now(function: Callable[..., Any], tensors: list[Tensor], inputs: tuple[Tensor, ...]) -> None:
     """Runs `function` once, backward too: AOTAutograd lowers a backward when it is first needed."""
-    from torch._guards import detect_fake_mode
+    from torch._guards import TracingContext, detect_fake_mode, tracing
     from torch._inductor.virtualized import V
 
-    with V.set_fake_mode(detect_fake_mode(tensors)):
+    fake_mode = detect_fake_mode(tensors)
+    # In the context AOTAutograd tells inductor which saved tensors a backward may write over: those no one else has.
+    with V.set_fake_mode(fake_mode), tracing(TracingContext(fake_mode)):
         outputs = [tensor for tensor in tensors_in(function(tensors, *inputs)) if tensor.requires_grad]
         if outputs:
             seeds = [torch.empty_like(tensor) for tensor in outputs]
@@ -174,7 +180,7 @@ def lower(graph: Any, inputs: Any, backward: bool, inference: bool) -> str:
     from torch._inductor.graph import GraphLowering
     from torch._inductor.virtualized import V
 
-    with config.patch(SETTINGS), torch.no_grad(), torch._C.DisableTorchFunction():
+    with config.patch(SETTINGS), kept_as_on_gpu(), torch.no_grad(), torch._C.DisableTorchFunction():
         if inference:
             graph = _recursive_joint_graph_passes(graph, input_device=torch.device("cpu"))
         view_to_reshape(graph)
@@ -186,6 +192,21 @@ def lower(graph: Any, inputs: Any, backward: bool, inference: bool) -> str:
                 lowering.run(*inputs)
                 code, _ = lowering.codegen()
     return code.value
+
+
+@contextmanager
+def kept_as_on_gpu() -> Iterator[None]:
+    """What a kernel would have to compute again, a buffer keeps for a CPU where it is an exp, a log, a sigmoid or a
+    tanh, and where fewer or more operations make it up (torch/_inductor/ir.py, StorageBox.should_realize_on_reuse,
+    has_large_inner_fn and has_exceeded_max_reads). Here it is a GPU's choice."""
+    from torch._inductor import ir
+
+    original = ir.is_cpu
+    ir.is_cpu = lambda x: False
+    try:
+        yield
+    finally:
+        ir.is_cpu = original
 
 
 def runnable(source: str, recorder: Recorder) -> Call:
