@@ -15,7 +15,7 @@ from gptfit.memory.overhead import CUBLAS_HANDLES, UNKNOWN_CARD_CONTEXT_BYTES, c
 from gptfit.memory.reserve import Reserved, replay_run
 from gptfit.memory.step import PROGRAMS, Pieces, pieces, steady_step
 from gptfit.memory.tape import Tape
-from gptfit.memory.whole_run import N_STEPS, evaluation_bytes, run_phases
+from gptfit.memory.whole_run import evaluation_bytes, run_phases
 from gptfit.speed import Speed, predict
 from gptfit.units import counted, format_bytes
 
@@ -339,8 +339,8 @@ def assumptions(
         + (", all gradients are alive during the last micro-steps" if run.micro_steps > 1 else ""),
         "reserved is a replay of "
         + ("an evaluation, " if program == "nanogpt" and run.eval_interval else "")
-        + f"{N_STEPS} steps{' and an evaluation' if run.eval_interval else ''} through the caching allocator, "
-        f"expandable segments {'on' if run.expandable_segments else 'off'}",
+        + f"steps{' and an evaluation' if run.eval_interval else ''} through the caching allocator, expandable "
+        f"segments {'on' if run.expandable_segments else 'off'}",
     ]
     if retries:
         times = counted(retries, "time")

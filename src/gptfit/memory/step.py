@@ -168,12 +168,8 @@ def shared(run: RunConfig, program: str, parts: Pieces) -> Pieces:
 
 def steady_step(run: RunConfig, p: Pieces) -> Tape:
     """The second step: parameters and optimizer state are there, and what the step before left."""
-    items: list[Item] = [Mark("setup", "parameters"), *p.parameter_items, *p.states, *p.batch, *p.kept]
-    items += p.fresh_micro
-    if run.micro_steps > 1:
-        items.append(Loop(run.micro_steps - 1, p.next_micro, numbered=False))
-    items += [Mark("optimizer", "clip_grad_norm_"), *p.clip, Mark("optimizer", "step"), *p.step, *p.zero_grad]
-    return Tape(items)
+    setup = [Mark("setup", "parameters"), *p.parameter_items, *p.states, *p.batch, *p.kept]
+    return Tape([*setup, *later_step_items(run, p, run.micro_steps)])
 
 
 def steady_peak(run: RunConfig, program: str) -> tuple[int, int]:
@@ -199,17 +195,26 @@ def setup_items(run: RunConfig, p: Pieces) -> list[Item]:
 
 
 def first_steps(run: RunConfig, p: Pieces, n_steps: int = 3, n_micro: int = 3) -> Tape:
-    """A run from its start, for the allocator: an evaluation or none, the first step, which creates the optimizer's
-    state where it is not there yet, and steady ones. From the third micro-step of a step on nothing new happens, so
-    `n_micro` are enough."""
+    """A run from its start, for the allocator: the first step, and steady ones."""
+    return Tape([*start_items(run, p, n_micro), *later_step_items(run, p, n_micro) * (n_steps - 1)])
+
+
+def start_items(run: RunConfig, p: Pieces, n_micro: int = 3) -> list[Item]:
+    """Setup, an evaluation or none, and the first step, which creates the optimizer's state where it is not there yet.
+    From the third micro-step of a step on nothing new happens, so `n_micro` are enough."""
     evaluation = p.evaluation if run.eval_interval and p.evaluates_first else []
-    items: list[Item] = [Mark("setup", "parameters"), *setup_items(run, p), *evaluation]
-    makes_states = not (run.optimizer_in_backward or run.creates_states_first)
+    states = [] if run.optimizer_in_backward or run.creates_states_first else p.states
+    setup = [Mark("setup", "parameters"), *setup_items(run, p)]
+    return [*setup, *evaluation, *step_items(run, p, p.first_micro, states, n_micro)]
+
+
+def later_step_items(run: RunConfig, p: Pieces, n_micro: int = 3) -> list[Item]:
+    return step_items(run, p, p.fresh_micro, [], n_micro)
+
+
+def step_items(run: RunConfig, p: Pieces, micro: list[Item], states: list[Item], n_micro: int) -> list[Item]:
+    """A step that begins with `micro`, and makes `states`."""
     micro_steps = min(run.micro_steps, n_micro)
-    for step in range(n_steps):
-        items += p.fresh_micro if step else p.first_micro
-        if micro_steps > 1:
-            items.append(Loop(micro_steps - 1, p.next_micro, numbered=False))
-        items += [Mark("optimizer", "clip_grad_norm_"), *p.clip, Mark("optimizer", "step")]
-        items += [*(p.states if step == 0 and makes_states else []), *p.step, *p.zero_grad]
-    return Tape(items)
+    rest: list[Item] = [Loop(micro_steps - 1, p.next_micro, numbered=False)] if micro_steps > 1 else []
+    update = [Mark("optimizer", "clip_grad_norm_"), *p.clip, Mark("optimizer", "step"), *states, *p.step]
+    return [*micro, *rest, *update, *p.zero_grad]

@@ -6,11 +6,6 @@ from gptfit.memory.step import PROGRAMS, Pieces, batch_buffers, first_steps, ste
 from gptfit.memory.tape import Event, Item, Tape
 
 
-# The third step still cuts its blocks out of what the first one left; from the fourth on a step is as the one before
-# (seen on the ten RTX 3060 rows of measured/peaks.jsonl).
-N_STEPS = 4
-
-
 def run_phases(run: RunConfig, program: str, p: Pieces) -> tuple[tuple[str, int], ...]:
     """Live bytes at the peak of each phase, in the order in which a run meets them. `p` are pieces of a whole run."""
     peaks = {
@@ -26,7 +21,7 @@ def run_phases(run: RunConfig, program: str, p: Pieces) -> tuple[tuple[str, int]
 
 def short_run(run: RunConfig, p: Pieces) -> Tape:
     """A run's first steps and the evaluation after them, when the optimizer's state is there, too."""
-    return Tape([*first_steps(run, p, N_STEPS).items, *(p.evaluation if run.eval_interval else [])])
+    return Tape([*first_steps(run, p, n_steps=4).items, *(p.evaluation if run.eval_interval else [])])
 
 
 def evaluation(p: Pieces) -> Tape:
