@@ -8,11 +8,11 @@ import torch
 from gptfit.config import RunConfig, make_run
 from gptfit.estimate import estimate, under_program
 from gptfit.memory.step import pieces, steady_step
-from gptfit.memory.tape import Mark, Tape
+from gptfit.memory.tape import Tape
 from gptfit.memory.whole_run import run_phases, sampling
 from gptfit.model import GPT
 from gptfit.recorder import Recorder
-from gptfit.trace import Traced, as_on_cuda, trace_program
+from gptfit.trace import as_on_cuda, trace_program
 
 BASE = {"n_layer": 2, "n_head": 4, "n_embd": 128, "vocab_size": 3000, "block_size": 128, "batch_size": 4}
 BASE |= {"gradient_accumulation_steps": 2, "compile": False}
@@ -62,14 +62,6 @@ def test_the_first_step_is_its_trace(program: str, keys: dict[str, Any]) -> None
     assert phase(run, program, "first step") == pytest.approx(traced, rel=1e-3)
 
 
-def phases_of(traced: Traced) -> dict[str, int]:
-    """Peaks of the trace's phases. The loss's own gradient, made and divided by the loop, is of none: the trace does
-    not know yet that the loss's backward begins."""
-    before = ("ones_like", "DivBackward0")
-    items = [item for item in traced.tape.items if not (isinstance(item, Mark) and item.op in before)]
-    return Tape(items).phases()
-
-
 @pytest.mark.parametrize(
     ("program", "keys"),
     [
@@ -84,8 +76,8 @@ def phases_of(traced: Traced) -> dict[str, int]:
 )
 def test_peaks_of_the_phases_of_a_step_are_those_of_its_trace(program: str, keys: dict[str, Any]) -> None:
     run = under_program(make_run({**BASE, **keys}), program)
-    traced, own = phases_of(trace_program(run, program)), steady_step(run, pieces(run, program, whole=False)).phases()
-    names = ["forward", "loss", "backward", "optimizer", *(["loss backward"] if program == "nanogpt" else [])]
+    traced, own = trace_program(run, program).phases, steady_step(run, pieces(run, program, whole=False)).phases()
+    names = ["forward", "loss", "loss backward", "backward", "optimizer"]
     assert [own[name] for name in names] == pytest.approx([traced[name] for name in names], rel=0.005)
 
 

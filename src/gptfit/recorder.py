@@ -189,7 +189,7 @@ class Recorder(TorchDispatchMode):
                 self.phase = "loss"
             path = next((name for name in reversed(self.path) if name), "")
             number = torch._C._autograd._get_sequence_nr()  # pyright: ignore[reportAttributeAccessIssue]
-            self.places[number - 1] = (path, self.phase)
+            self.places.setdefault(number - 1, (path, self.phase))  # what follows without a node has its number too
             op = f"{path}: {op}" if path else op
         mark = Mark(self.phase, self.kernel or op)
         if mark != self._mark:

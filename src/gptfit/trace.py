@@ -259,7 +259,7 @@ def training_job(
                 held, loss = forward(model, inputs)
                 loss = loss / run.micro_steps
             inputs = batch()
-            recorder.phase = "backward"
+            recorder.phase = "loss backward" if recorder.phase == "loss" else "backward"
             scaler.scale(loss).backward()
             recorder.label_gradients(model)
         recorder.phase = "optimizer"

@@ -51,7 +51,7 @@ class Storage:
 class Node:
     """One step of backward. `backward` turns the gradient of the output into those of `inputs`."""
 
-    __slots__ = ("awaited", "backward", "inputs", "joins", "name", "param", "saved", "shift")
+    __slots__ = ("awaited", "backward", "inputs", "joins", "name", "param", "phase", "saved", "shift")
 
     def __init__(
         self,
@@ -67,6 +67,7 @@ class Node:
         self.backward = backward
         self.param = param
         self.shift = 0
+        self.phase = ""  # of the forward op
         self.joins = False  # whether gradients of several outputs arrive, side by side, as a Bundle
         self.awaited = 0  # of a parameter: gradients still to come, more than one where it is shared
 
@@ -184,7 +185,7 @@ class Writer:
         if not self.grad_enabled or all(node is None for node in inputs):
             return None
         node = Node(name, inputs, tuple(map(self.to_host, saved)) if self.offload else saved, backward)
-        node.shift = self.shift
+        node.shift, node.phase = self.shift, self.phase
         self.nodes.append(node)
         for edge in inputs:
             if edge is not None and edge.param is not None:
@@ -259,7 +260,7 @@ class Writer:
                 grads.pop(node, None)
                 node.saved = ()
                 continue
-            self.mark(node.name)
+            self.mark(node.name, "loss backward" if node.phase == "loss" else "backward")
             self.shift = node.shift
             saved = tuple(map(self.back, node.saved))
             results: list[Any] = list(node.backward(grads.pop(node), saved))[::-1]  # it alone holds the gradient

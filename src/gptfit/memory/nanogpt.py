@@ -5,13 +5,10 @@ cross_entropy in fp32; a parameter's low-precision copy is made once in a forwar
 (ATen/autocast_mode.cpp). Functions mirror nanoGPT's modules, so that local variables live as long here.
 """
 
-from collections.abc import Sequence
-
 from gptfit.config import RunConfig
 from gptfit.memory import ops
 from gptfit.memory.attention import flash_attention, split_heads
-from gptfit.memory.autograd import Node, Tensor, Writer
-from gptfit.memory.ops import Saved
+from gptfit.memory.autograd import Tensor, Writer
 from gptfit.memory.programs import Program, call
 from gptfit.memory.tape import Buffer, make_buffer
 
@@ -83,7 +80,6 @@ class NanoGPT(Program):
         x = self.layer_norm(x, "ln_f")
         weight = self.weight("wte.weight", (run.vocab_size, run.n_embd))
         logits = ops.linear(w, ops.cast(w, x, run.dtype), weight, None, "lm_head", "logits")
-        begins_backward(w, logits.node)
         del weight
         w.mark("cross entropy", "loss" if w.training else "evaluation")
         loss = ops.cross_entropy(w, ops.cast(w, logits, "float32", "logits as float32"), targets)
@@ -99,16 +95,3 @@ class NanoGPT(Program):
         logits = ops.linear(w, ops.cast(w, last, run.dtype), weight, None, "lm_head", "logits")
         self.cache.clear()
         return logits
-
-
-def begins_backward(w: Writer, node: Node | None) -> None:
-    """The loss is what reads the targets: from this node on it is no longer the loss's backward."""
-    if node is None or node.backward is None:
-        return
-    name, original = node.name, node.backward
-
-    def backward(grad: Tensor, saved: Saved) -> Sequence[Tensor | None]:
-        w.mark(name, "backward")
-        return original(grad, saved)
-
-    node.backward = backward
