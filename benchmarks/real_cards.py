@@ -24,6 +24,14 @@ HERE = Path(__file__).parent
 PROGRAMS: dict[str, tuple[str, dict[str, Any]]] = {
     "nanochat-5090-d10-mb8-peak": ("nanochat.py:step_of", {"depth": 10}),
     "nanochat-5090-d20-mb8-peak": ("nanochat.py:step_of", {"depth": 20}),
+    "lzw-4070-nanochat-d12-mb8-peak": ("nanochat_later.py:step_of", {"depth": 12}),
+    "lzw-4070-nanochat-d12-mb8-peak-10k": ("nanochat_later.py:step_of", {"depth": 12}),
+    "autoresearch-3060-b4": ("autoresearch.py:step_of", {"batch_size": 4}),
+    "autoresearch-3060-b8": ("autoresearch.py:step_of", {"batch_size": 8}),
+    "autoresearch-3060-b10": ("autoresearch.py:step_of", {"batch_size": 10}),
+    "tr-adamw-base": ("speedrun.py:adamw_step", {}),
+    "tr-muon-260": ("speedrun.py:muon_step", {}),
+    "tr-softcap": ("speedrun.py:muon_step", {"cap": 30.0}),
     "cs336-duoan-small-eager": ("cs336.py:course_step", {"size": "small"}),
     "cs336-duoan-small-compile": ("cs336.py:course_step", {"size": "small", "compile": True}),
     "cs336-duoan-large-eager": ("cs336.py:course_step", {"size": "large"}),
@@ -47,7 +55,7 @@ def trace_row(name: str) -> dict[str, object]:
         "metric": "max_memory_allocated",
         "program": f"benchmarks/other_code/{program}",
         "arguments": arguments,
-        "compiled": bool(report.arguments.get("compile")),
+        "compiled": bool(report.notes) or report.arguments.get("compile") is True,
         "mib": round(report.allocated_bytes / MiB, 2),
         "torch": torch.__version__.split("+")[0],
     }

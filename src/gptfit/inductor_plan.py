@@ -39,6 +39,8 @@ def plan_module(
     that yet, so runs of this program are traced without."""
     original = getattr(type(model), method)
     own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    if method == "hidden":  # Dynamo takes what the code reads, which a head of its own is not
+        own.pop("lm_head.weight", None)
     ready: dict[bool, Callable[..., Any]] = {}
 
     def functional(tensors: list[Tensor], *inputs: Tensor) -> Any:
@@ -48,10 +50,11 @@ def plan_module(
     def call(*inputs: Tensor) -> Any:
         key = torch.is_grad_enabled()
         if key not in ready:
+            allowed = functorch_config.donated_buffer  # a user may have turned it off
             with (
                 recorder.paused(),
                 warnings.catch_warnings(action="ignore"),
-                functorch_config.patch(activation_memory_budget=budget, donated_buffer=donates),
+                functorch_config.patch(activation_memory_budget=budget, donated_buffer=donates and allowed),
             ):  # they are about compiling, or torch's own
                 ready[key] = planned(functional, recorder)
                 lower_now(ready[key], list(own.values()), tuple(torch.empty_like(tensor) for tensor in inputs))
