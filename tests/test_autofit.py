@@ -30,13 +30,13 @@ from gptfit.units import GiB, MiB
 
 torch.set_num_threads(1)
 
-FREE = 10752 * MiB
+FREE = 10368 * MiB
 BEFORE = DriverGpu(0, "GPU-12ab", "NVIDIA GeForce RTX 4070", 12282 * MiB, FREE, 1530 * MiB, "580.1")
 
 
 @pytest.fixture
 def fit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> AutoFit:
-    """GPT-2 planned for an RTX 4070 of which 10.5 GiB are free."""
+    """GPT-2 planned for an RTX 4070 of which 10,368 MiB are free."""
     monkeypatch.setenv("GPTFIT_PROFILES", str(tmp_path / "profiles"))
     source, card = read_config("gpt2"), detected_card(BEFORE)
     planned = plan(source, card.profile, card.reserve_bytes)
@@ -63,7 +63,7 @@ def test_what_is_as_predicted_changes_nothing(fit: AutoFit) -> None:
 
 @pytest.mark.parametrize("listed", [True, False])
 def test_a_heavier_context_is_kept_and_planned_with(fit: AutoFit, listed: bool) -> None:
-    context = fit.card.profile.context_high_bytes + 900 * MiB
+    context = fit.card.profile.context_high_bytes + 300 * MiB
     asked, held = measured(fit, fit.estimate.reserved_bytes, context, listed)
     correction = asked(held)
     assert correction is not None
@@ -87,7 +87,7 @@ def test_an_allocator_that_holds_more_or_less_is_planned_in_proportion(fit: Auto
     assert 1.07 * estimate(run, "gptfit").reserved_bytes + context <= FREE
     asked, held = measured(fit, predicted * 80 // 100, context)
     less = asked(held)
-    assert less is not None and less.micro_batch > fit.run.batch_size
+    assert less is not None and estimate(less.run, "gptfit").reserved_bytes > predicted, "the room is used"
     assert less.predicted["reserved_bytes"] < estimate(less.run, "gptfit").reserved_bytes
 
 
