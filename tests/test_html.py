@@ -182,7 +182,7 @@ def test_the_page_of_a_plan_has_its_choices_and_changes(
     assert given.endswith("does not fit")
     assert format_bytes(answer["as_given"]["peak"]["process_bytes"]) in given
     widths = [float(w) for w in re.findall(r'<i class="(?:less|more)" style="width:([\d.]+)%', pages["plan"])]
-    deltas = [abs(lever["delta_bytes"]) for lever in answer["levers"] if lever["delta_bytes"]]
+    deltas = [abs(lever["process_delta_bytes"]) for lever in answer["levers"] if lever["process_delta_bytes"]]
     assert widths == pytest.approx([100 * delta / max(deltas) for delta in deltas], abs=0.06)
     for lever in answer["levers"]:
         assert lever["why"] in reader.texts

@@ -24,7 +24,10 @@ class Asked:
         return shlex.join(["gptfit", command, *([self.config] if self.config else []), *words, *options])
 
     def nanogpt(self, changes: Mapping[str, object]) -> str:
-        """`python train.py config/train_gpt2.py --batch_size=8`: the same for nanoGPT's trainer."""
+        """`python train.py config/train_gpt2.py --batch_size=8`: the same for nanoGPT's trainer, which leaves the
+        allocator to the environment."""
         file = [self.config] if self.config and self.config.endswith(".py") else []
-        words = [f"--{key}={value}" for key, value in self.changed(changes).items()]
-        return shlex.join(["python", "train.py", *file, *words])
+        keys = self.changed(changes)
+        segments = keys.pop("expandable_segments", None)
+        around = [] if segments is None else [f"PYTORCH_CUDA_ALLOC_CONF=expandable_segments:{segments}"]
+        return shlex.join([*around, "python", "train.py", *file, *(f"--{key}={value}" for key, value in keys.items())])

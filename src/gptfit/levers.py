@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from gptfit.config import RunConfig, derive
 from gptfit.errors import GptfitError
-from gptfit.estimate import Estimate, estimate, under_program
+from gptfit.estimate import Estimate, estimate, replay, under_program
 from gptfit.gpus import GpuProfile
 from gptfit.memory.overhead import CUBLAS_HANDLES, cublas_workspace_bytes
 from gptfit.memory.step import pieces, steady_step
@@ -27,11 +27,13 @@ class Lever:
 
 @dataclass(frozen=True, slots=True)
 class LeverEffect:
-    """What a change does to the run as given: live bytes at the peak, time for the same tokens, and the verdict, which
-    is `certain` where both ends of the estimate's interval agree on it."""
+    """What a change does to the run as given: to the live bytes at its peak and to the bytes of the process, which the
+    verdict is about; to the time for the same tokens; and the verdict, which is `certain` where both ends of the
+    estimate's interval agree on it."""
 
     change: Mapping[str, object]
     delta_bytes: int
+    process_delta_bytes: int
     delta_seconds_pct: float | None
     fits: bool
     certain: bool
@@ -42,6 +44,7 @@ class LeverEffect:
         return {
             "change": dict(self.change),
             "delta_bytes": self.delta_bytes,
+            "process_delta_bytes": self.process_delta_bytes,
             "delta_seconds_pct": self.delta_seconds_pct,
             "fits": self.fits,
             "certain": self.certain,
@@ -119,9 +122,10 @@ def effects(
     found = [effect_of(lever, given, run, program, profile, reserve_bytes) for lever in candidates(run, program)]
     found += micro_batch_effects(given, run, program, profile, reserve_bytes)
     found.append(
-        LeverEffect({"empty_cache": True}, 0, None, given.verdict == "fits", bool(given.certain), False, EMPTY_CACHE)
+        LeverEffect({"empty_cache": True}, 0, 0, None, given.verdict == "fits", bool(given.certain), False, EMPTY_CACHE)
     )
-    return sorted((effect for effect in found if effect is not None), key=lambda effect: effect.delta_bytes)
+    known = (effect for effect in found if effect is not None)
+    return sorted(known, key=lambda effect: (effect.process_delta_bytes, effect.delta_bytes))
 
 
 EMPTY_CACHE = "torch.cuda.empty_cache() returns only what is unused; the allocator does so itself before it gives up"
@@ -153,18 +157,34 @@ def effect_of(
         changes = {"loss": "chunked"}
     program = lever.program or program
     try:
-        after = derive(run, **changes)
-        parts = pieces(under_program(after, program), program, whole=False)
+        after = under_program(derive(run, **changes), program)
+        parts = pieces(after, program, whole=False)
+        live_bytes = steady_step(after, parts).peak().live_bytes
+        fits, certain = fits_surely(live_bytes, profile, reserve_bytes), True
+        if fits is None:
+            full = estimate(after, program, profile, reserve_bytes, given.interval.risk)
+            fits, certain, process_bytes = full.verdict == "fits", bool(full.certain), full.process_bytes
+        else:
+            process_bytes = process_bytes_of(after, program, profile)
     except GptfitError:
         return None
-    live_bytes = steady_step(after, parts).peak().live_bytes
     speed = predict(after, profile, parts.flops_per_token, program)
-    fits, certain = fits_surely(live_bytes, profile, reserve_bytes), True
-    if fits is None:
-        full = estimate(after, program, profile, reserve_bytes, given.interval.risk)
-        fits, certain = full.verdict == "fits", bool(full.certain)
-    delta_bytes = live_bytes - given.live_bytes
-    return LeverEffect(change, delta_bytes, slower(given, speed), fits, certain, lever.numerics, lever.why)
+    return LeverEffect(
+        change,
+        live_bytes - given.live_bytes,
+        process_bytes - given.process_bytes,
+        slower(given, speed),
+        fits,
+        certain,
+        lever.numerics,
+        lever.why,
+    )
+
+
+def process_bytes_of(run: RunConfig, program: str, profile: GpuProfile) -> int:
+    """What the process holds where nothing limits it; an estimate's figure, without the rest of the estimate."""
+    workspace_bytes = cublas_workspace_bytes(profile.compute_capability)
+    return replay(run, program, workspace_bytes).reserved_bytes + profile.context_bytes  # pyright: ignore[reportArgumentType]  frozen models have a hash
 
 
 def fits_surely(live_bytes: int, profile: GpuProfile, reserve_bytes: int) -> bool | None:
@@ -206,10 +226,10 @@ def micro_batch_effects(
         return []
     smaller = with_micro_batch(run, low)
     change = {"batch_size": low, "gradient_accumulation_steps": smaller.gradient_accumulation_steps}
-    why = "the largest micro-batch that fits; it need not be a power of two, and the tokens of a step stay the same"
-    delta_bytes = best.live_bytes - given.live_bytes
+    why = f"the largest micro-batch that fits; it need not be a power of two; {step_text(run, smaller)}"
+    deltas = best.live_bytes - given.live_bytes, best.process_bytes - given.process_bytes
     pct = slower(given, best.speed) if best.speed else None
-    return [LeverEffect(change, delta_bytes, pct, True, True, False, why)]
+    return [LeverEffect(change, *deltas, pct, True, True, False, why)]
 
 
 def with_micro_batch(run: RunConfig, batch_size: int) -> RunConfig:
@@ -217,3 +237,10 @@ def with_micro_batch(run: RunConfig, batch_size: int) -> RunConfig:
     per_step = run.batch_size * run.gradient_accumulation_steps
     steps = max(1, round(per_step / (batch_size * run.n_gpus))) * run.n_gpus
     return derive(run, batch_size=batch_size, gradient_accumulation_steps=steps)
+
+
+def step_text(before: RunConfig, after: RunConfig) -> str:
+    """Whether a step has as many tokens as it had: a micro-batch that does not divide its sequences changes them."""
+    if after.tokens_per_step == before.tokens_per_step:
+        return "the tokens of a step stay the same"
+    return f"{after.tokens_per_step:,} tokens a step for {before.tokens_per_step:,}"

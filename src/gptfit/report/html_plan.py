@@ -163,21 +163,21 @@ def scatter_table(drawn: Sequence[Dot]) -> Html:
 
 def levers_table(levers: Sequence[LeverEffect]) -> Html:
     """Single changes to the run as given: to the left what saves memory, to the right what costs it."""
-    largest = max((abs(lever.delta_bytes) for lever in levers), default=0) or 1
+    largest = max((abs(lever.process_delta_bytes) for lever in levers), default=0) or 1
     rows = (
         (
             tag("code", change_text(lever.change) + (" *" if lever.changes_numerics else "")),
-            bar(lever.delta_bytes, largest),
-            delta_text(lever.delta_bytes),
+            bar(lever.process_delta_bytes, largest),
+            delta_text(lever.process_delta_bytes),
             "" if lever.delta_seconds_pct is None else f"{lever.delta_seconds_pct:+.0f} %",
             "fits" if lever.fits else "",
             lever.why,
         )
         for lever in levers
     )
-    columns = ("change", "less | more memory", "MiB", "time", "then", "why")
+    columns = ("change", "less | more memory", "MiB of the process", "time", "then", "why")
     return table(
-        columns, rows, "Each by estimating the run again; * changes the numbers of training", ("MiB", "time"), True
+        columns, rows, "Each by estimating the run again; * changes the numbers of training", ("MiB of the process", "time"), True
     )
 
 

@@ -7,9 +7,10 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from gptfit.asked import Asked
+from gptfit.config import derive
 from gptfit.door import ConfigSource
 from gptfit.estimate import Estimate
-from gptfit.levers import LeverEffect
+from gptfit.levers import LeverEffect, step_text
 from gptfit.plan import Plan
 from gptfit.report.terminal import (
     QUIET,
@@ -39,7 +40,7 @@ SHORT = {
 }
 
 # What nanoGPT's train.py takes on its command line, of what a lever changes.
-NANOGPT_KEYS = {"batch_size", "gradient_accumulation_steps", "compile", "dtype", "block_size"}
+NANOGPT_KEYS = {"batch_size", "gradient_accumulation_steps", "compile", "dtype", "block_size", "expandable_segments"}
 
 
 def plan_view(plan: Plan, verbose: bool = False) -> Iterator[RenderableType]:
@@ -116,12 +117,12 @@ def levers_view(levers: Sequence[LeverEffect], verbose: bool) -> Iterator[Render
     """What each single change would do to the run as given; those that do nothing to its memory share a line."""
     if not levers:
         return
-    yield title("Single changes to the run as given, each by estimating again")
-    idle = [lever for lever in levers if delta_text(lever.delta_bytes) == "0" and not verbose]
+    yield title("Single changes to the run as given, each estimated again; MiB of the process")
+    idle = [lever for lever in levers if delta_text(lever.process_delta_bytes) == "0" and not verbose]
     rows = [
         (
             lever_text(lever),
-            delta_text(lever.delta_bytes),
+            delta_text(lever.process_delta_bytes),
             "" if lever.delta_seconds_pct is None else f"{lever.delta_seconds_pct:+.0f} %".replace("-0", "+0"),
             "fits" if lever.fits else "does not fit",
         )
@@ -129,7 +130,7 @@ def levers_view(levers: Sequence[LeverEffect], verbose: bool) -> Iterator[Render
         if lever not in idle
     ]
     if rows:
-        yield table(("change", "MiB", "time", " "), rows, right=("MiB", "time"))
+        yield Narrowing(("change", "process", "time", " "), rows, spare=("time",), right=("process", "time"))
     if idle:
         yield hanging(f"no memory is saved by {', '.join(change_text(lever.change) for lever in idle)}")
     if any(lever.changes_numerics for lever in levers if lever not in idle):
@@ -160,7 +161,9 @@ def after_plan(plan: Plan, source: ConfigSource, asked: Asked, saved: str | None
 def next_lines(plan: Plan, source: ConfigSource, asked: Asked, saved: str | None) -> Iterator[str]:
     change = plan.smallest_change
     if source.program == "nanogpt" and change is not None and set(change.change) <= NANOGPT_KEYS:
-        yield "# the smallest change that fits"
+        after = derive(source.run, **change.change)
+        same = after.tokens_per_step == source.run.tokens_per_step
+        yield "# the smallest change that fits" + ("" if same else f"; {step_text(source.run, after)}")
         yield asked.nanogpt(change.change)
     if plan.choice is not None:
         changes = {key: value for key, value in plan.choice.items() if getattr(source.run, key) != value}

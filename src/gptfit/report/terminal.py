@@ -71,11 +71,12 @@ class ByWidth(NamedTuple):
 
 class Narrowing(NamedTuple):
     """A table without as many of the `spare` columns, the first of them first, as there is no room for: a number that
-    is broken over lines is none."""
+    is broken over lines is none. What is left and not in `right` (all of it, where not given) may wrap."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     spare: Sequence[str]
+    right: Sequence[str] | None = None
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         widths = {
@@ -88,7 +89,8 @@ class Narrowing(NamedTuple):
                 break
             left.remove(column)
         kept = [index for index, column in enumerate(self.columns) if column in left]
-        yield table(left, [[row[index] for index in kept] for row in self.rows], right=left)
+        right = [column for column in left if self.right is None or column in self.right]
+        yield table(left, [[row[index] for index in kept] for row in self.rows], right=right, whole=right)
 
 
 def title(text: str) -> Text:
