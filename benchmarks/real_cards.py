@@ -24,6 +24,7 @@ HERE = Path(__file__).parent
 PROGRAMS: dict[str, tuple[str, dict[str, Any]]] = {
     "nanochat-5090-d10-mb8-peak": ("nanochat.py:step_of", {"depth": 10}),
     "nanochat-5090-d20-mb8-peak": ("nanochat.py:step_of", {"depth": 20}),
+    "dickles-4090-2x64-compile-peak": ("nanochat.py:small_step", {}),
     "lzw-4070-nanochat-d12-mb8-peak": ("nanochat_later.py:step_of", {"depth": 12}),
     "lzw-4070-nanochat-d12-mb8-peak-10k": ("nanochat_later.py:step_of", {"depth": 12}),
     "autoresearch-3060-b4": ("autoresearch.py:step_of", {"batch_size": 4}),

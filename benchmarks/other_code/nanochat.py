@@ -131,3 +131,24 @@ def step_of(depth: int = 10, batch_size: int = 8, vocab_size: int = 65_536, comp
         raw.zero_grad(set_to_none=True)
 
     return step, raw, adamw, muon
+
+
+def small_step() -> tuple[Any, ...]:
+    """Dicklesworthstone/model_guided_research (5a29380, nanochat/train.py), a small run: gradients are let go before
+    the forward, not behind the step, and there is no clipping."""
+    raw = Model(2, 4, 64, 50_304, 64)
+    model: Any = torch.compile(raw)
+    heads = [{"params": list(raw.head.parameters())}, {"params": list(raw.embedding.parameters())}]
+    adamw = torch.optim.AdamW(heads, lr=0.004, betas=(0.8, 0.95), eps=1e-10, weight_decay=0.0, fused=True)
+    muon = Muon(raw.blocks.parameters())
+    batch = [torch.zeros(2, 64, dtype=torch.int64) for _ in range(2)]
+
+    def step() -> None:
+        raw.zero_grad(set_to_none=True)
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = model(*batch)
+        loss.backward()
+        adamw.step()
+        muon.step()
+
+    return step, raw, adamw, muon
