@@ -5,7 +5,7 @@ off they are.
 
 Each row predicted beside measured: by the general form with all rows fitted, with its card left out of the fit, and
 with the card's factor (that of its other rows, where a row is fitted). Then the constants and factors to copy into
-speed.py and card_factors.py. Every card weighs the same, however many rows it has.
+speed.py and measured/card_factors.yaml. Every card weighs the same, however many rows it has.
 """
 
 import math
@@ -119,7 +119,7 @@ def report() -> str:
         f"rank correlation of cards: {card_correlation(rows, fitted):.3f}",
         *(f"    {field.name}={getattr(fitted, field.name):.3g}," for field in fields(fitted)),
         *(
-            f'    "{name}": CardFactor({entry.factor}, {entry.n_runs}),'
+            f"{name}: {{factor: {entry.factor}, n_runs: {entry.n_runs}}}"
             for name, entry in card_factors(used, all_gpus()).items()
         ),
     ]

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gptfit import speed
-from gptfit.card_factors import CARD_FACTORS, card_factor
+from gptfit.card_factors import card_factor, shipped_factors
 from gptfit.config import RunConfig, derive, make_run
 from gptfit.errors import GptfitError
 from gptfit.gpus import GpuProfile, all_gpus, load_gpu
@@ -149,7 +149,7 @@ def test_a_tiny_eager_model_waits_for_launches_alone() -> None:
     slow, fast = (seconds(run, load_gpu(name)) for name in ("a100-80gb", "b200"))
     kernels = 12 * 72 + 60 + 23
     for found, name in ((slow, "a100-80gb"), (fast, "b200")):
-        assert found * CARD_FACTORS[name].factor == pytest.approx(40 * kernels * 5e-6, rel=0.01)
+        assert found * shipped_factors()[name].factor == pytest.approx(40 * kernels * 5e-6, rel=0.01)
 
 
 def test_peaks_are_those_of_the_dtype_and_bf16_before_ampere_is_emulated() -> None:
@@ -198,7 +198,7 @@ def test_rows_that_were_not_fitted_are_predicted_as_well() -> None:
 
 
 def test_the_committed_factors_are_those_of_the_rows() -> None:
-    assert card_factors(CALIBRATION, all_gpus()) == CARD_FACTORS
+    assert card_factors(CALIBRATION, all_gpus()) == shipped_factors()
 
 
 def test_a_factor_is_drawn_towards_1_by_how_few_its_runs_are() -> None:
@@ -225,7 +225,7 @@ def test_cards_are_ranked_as_measured() -> None:
 
 def test_a_card_that_surpasses_a_measured_one_is_not_slower() -> None:
     run = make_run({"batch_size": 16, "loss": "full"})
-    measured = [load_gpu(name) for name, entry in CARD_FACTORS.items() if entry.n_runs]
+    measured = [load_gpu(name) for name, entry in shipped_factors().items() if entry.n_runs]
     pairs = [(card, other) for card in all_gpus() for other in measured if surpasses(card, other)]
     unmeasured = [pair for pair in pairs if not card_factor(pair[0].name).n_runs]
     assert {card.name for card, _ in unmeasured} >= {"rtx4070s", "rtx4070ti", "rtx4090"}

@@ -1,6 +1,10 @@
 """How many times faster cards are than their data sheets make speed.py say, where published runs show it."""
 
+from functools import cache
+from pathlib import Path
 from typing import NamedTuple
+
+TABLE = Path(__file__).parent / "measured" / "card_factors.yaml"
 
 
 class CardFactor(NamedTuple):
@@ -22,29 +26,16 @@ class CardFactor(NamedTuple):
 
 
 GENERAL_FORM = CardFactor(1.0, 0)
-# The rules are throughput.card_factors; benchmarks/calibrate_speed.py prints this table.
-CARD_FACTORS: dict[str, CardFactor] = {
-    "a100-80gb": CardFactor(1.018, 2),
-    "a40": CardFactor(0.993, 2),
-    "a800-80gb": CardFactor(1.018, 0),
-    "b200": CardFactor(0.967, 2),
-    "h100-pcie": CardFactor(0.968, 2),
-    "h100-sxm": CardFactor(1.052, 2),
-    "h200": CardFactor(1.011, 3),
-    "l4": CardFactor(0.879, 2),
-    "l40": CardFactor(0.93, 2),
-    "rtx3060": CardFactor(0.973, 6),
-    "rtx4000ada": CardFactor(1.038, 2),
-    "rtx4070": CardFactor(1.28, 4),
-    "rtx4070s": CardFactor(1.122, 0),
-    "rtx4070ti": CardFactor(1.041, 0),
-    "rtxa4000": CardFactor(1.032, 2),
-    "rtxa5000": CardFactor(0.993, 2),
-    "rtxa6000": CardFactor(0.984, 2),
-    "rtxpro6000": CardFactor(1.08, 2),
-}
+
+
+@cache
+def shipped_factors() -> dict[str, CardFactor]:
+    """Those of measured/card_factors.yaml, by the names of profiles."""
+    import yaml
+
+    return {name: CardFactor(**entry) for name, entry in yaml.safe_load(TABLE.read_text(encoding="utf-8")).items()}
 
 
 def card_factor(name: str) -> CardFactor:
     """That of the card whose profile has this name."""
-    return CARD_FACTORS.get(name, GENERAL_FORM)
+    return shipped_factors().get(name, GENERAL_FORM)

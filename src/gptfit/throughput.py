@@ -3,7 +3,8 @@
 speed.py predicts from a card's data sheet. Where runs of a card are measured, how much faster they were is a figure of
 the card: its factor, the mean of log(measured / predicted), drawn towards 1 as if one more run were exactly as
 predicted. A card that nobody measured keeps the general form, but is not slower than a measured one of its architecture
-that it surpasses in everything. `python benchmarks/calibrate_speed.py` prints the table that card_factors.py holds.
+that it surpasses in everything. `python benchmarks/calibrate_speed.py` prints the table that
+measured/card_factors.yaml holds.
 """
 
 import json
