@@ -14,11 +14,12 @@ from pathlib import Path
 
 from rich.console import Console
 
+from gptfit.asked import Asked
 from gptfit.errors import GptfitError
 from gptfit.oom.clean import clean_lines
 from gptfit.oom.diagnose import Diagnosis, explain_text
 from gptfit.oom.tensors import prints_as
-from gptfit.report.lists import diagnosis_view
+from gptfit.report.lists import NOTHING, diagnosis_view
 from oom_pastes import LABELS, LAYOUTS, UNITS, labelled
 
 SECONDS = 5.0
@@ -141,11 +142,11 @@ def printed_sizes(text: str) -> set[int]:
     return sizes
 
 
-def shown(answer: Diagnosis) -> str:
+def shown(answer: Diagnosis, asked: Asked = NOTHING) -> str:
     """What a person sees at 80 columns."""
     screen = io.StringIO()
     console = Console(file=screen, width=80, force_terminal=False, highlight=False, markup=False, emoji=False)
-    for part in diagnosis_view(answer):
+    for part in diagnosis_view(answer, asked):
         console.print(part, soft_wrap=bool(getattr(part, "no_wrap", False)))
     return "".join(f"{line.rstrip()}\n" for line in screen.getvalue().splitlines())
 

@@ -1,8 +1,11 @@
 """From a paste to the tensor, the cause and what helps: labelled pastes, and the case that everyone meets."""
 
+import shlex
+
 import pytest
 
 from fuzz_oom import shown
+from gptfit.asked import Asked
 from gptfit.config import derive
 from gptfit.estimate import estimate
 from gptfit.oom.diagnose import Diagnosis, diagnose
@@ -182,7 +185,7 @@ def test_other_kinds_get_a_cause_and_no_tensor_of_the_card(name: str) -> None:
 @pytest.mark.parametrize("name", sorted(LABELS))
 def test_an_answer_fits_eighty_columns(name: str) -> None:
     lines = shown(explained(paste(name))).splitlines()
-    assert [line for line in lines if len(line) > 80 and not line.startswith("  gptfit explain-oom FILE")] == []
+    assert [line for line in lines if len(line) > 80] == []
 
 
 def test_pairs_of_changes_fit_eighty_columns() -> None:
@@ -281,3 +284,25 @@ def test_a_limit_of_the_process_itself_is_lifted_first() -> None:
     text += "PyTorch, and 100.00 MiB is reserved by PyTorch but unallocated."
     assert explained(text).remedies[0].change == "torch.cuda.set_per_process_memory_fraction(1.0)"
     assert explained(text).remedies[0].saves_bytes == 12 * GiB
+
+
+def test_what_to_type_next_is_a_command_of_this_log_as_it_stands() -> None:
+    text = CLASSIC.replace("Overriding: n_embd = 576\n", "").replace("Overriding: n_layer = 12\n", "")
+    asked = Asked("my run/train.log", ("block_size=1024",))
+    lines = [line.strip() for line in shown(explained(text, *asked.overrides), asked).splitlines()]
+    note, command = lines[lines.index("Next") + 1 :]
+    assert note.startswith("# ")
+    assert shlex.split(command) == [
+        "gptfit",
+        "explain-oom",
+        "my run/train.log",
+        *asked.overrides,
+        "n_layer=12",
+        "n_embd=768",
+    ]
+
+
+def test_that_no_process_is_named_does_not_say_that_there_is_none() -> None:
+    """Beside the 2.04 GiB that the same answer says are neither free nor this process's."""
+    lines = shown(explained(CLASSIC)).splitlines()
+    assert next(line.split() for line in lines if "other processes" in line) == ["other", "processes", "named:", "none"]

@@ -190,5 +190,6 @@ def explain_oom(
     asked = asked_for(context, words)  # its CONFIG is the log
     facts = read_paste(read_log(asked.config))
     answer = diagnose(facts, failed_run(facts, config, asked.overrides), program)
-    respond(json, answer.to_json, diagnosis_view(answer))
+    options = options_of(config=config, program=program)
+    respond(json, answer.to_json, diagnosis_view(answer, asked, *options))
     return NO if facts.kind == "not_oom" else YES

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from gptfit.report.html import bullets, document, footer
 from gptfit.report.html_parts import Html, Part, section, table, tag
-from gptfit.report.lists import FIGURES
+from gptfit.report.lists import figures_read
 from gptfit.units import format_bytes, format_mib
 
 if TYPE_CHECKING:
@@ -115,9 +115,7 @@ def oom_page(answer: "Diagnosis") -> Html:
     if answer.not_remedies:
         rows = [(tag("code", one.change), one.why) for one in answer.not_remedies]
         parts.append(section("What does not", table(("change", "why"), rows, "Often advised", prose=True)))
-    read = [(name, getattr(answer.facts, key)) for name, key in FIGURES]
-    known = [(name, format_bytes(n_bytes)) for name, n_bytes in read if n_bytes is not None]
-    if known:
+    if known := figures_read(answer):
         parts.append(section("Read from the text", table(("figure", "memory"), known, "As printed", ("memory",))))
     if answer.recognised:
         rows = [(key, f"{value}") for key, value in sorted(answer.recognised.items())]

@@ -8,6 +8,7 @@ from rich.console import RenderableType
 from rich.padding import Padding
 from rich.text import Text
 
+from gptfit.asked import Asked
 from gptfit.report.plans import levers_view
 from gptfit.report.terminal import (
     BAD,
@@ -115,6 +116,7 @@ def prepared_view(answer: "Prepared") -> Iterator[RenderableType]:
     yield from commands((f"gptfit train tiny dataset={answer.folder} vocab_size={-(-answer.vocab_size // 64) * 64}",))
 
 
+NOTHING = Asked()  # a paste, and no key
 # The figures of a paste that a person looks for, in the order of the message.
 FIGURES = (
     ("tried to allocate", "tried_bytes"),
@@ -128,8 +130,9 @@ FIGURES = (
 )
 
 
-def diagnosis_view(answer: "Diagnosis") -> Iterator[RenderableType]:
-    """What failed and why; what was alive then; what helps, what does not, and the figures read from the text."""
+def diagnosis_view(answer: "Diagnosis", asked: Asked = NOTHING, *options: str) -> Iterator[RenderableType]:
+    """What failed and why; what was alive then; what helps, what does not, and the figures read from the text. The
+    command to type next is `asked`, whose CONFIG is the log, and its `options` with the sizes that are missing."""
     yield Text(answer.summary, style="bold")
     if answer.instant is not None:
         yield title("Alive at that instant")
@@ -146,15 +149,26 @@ def diagnosis_view(answer: "Diagnosis") -> Iterator[RenderableType]:
         yield title("What does not")
     for advice in answer.not_remedies:
         yield from advice_lines(advice.change, "", advice.why)
-    read = [(name, getattr(answer.facts, key)) for name, key in FIGURES]
-    known = [(name, format_bytes(n_bytes)) for name, n_bytes in read if n_bytes is not None]
+    known = figures_read(answer)
     if known:
         yield title("Read from the text")
         yield table(("", " "), known, right=(" ",))
     yield from (Text(f"note: {warning}", style=QUIET) for warning in answer.warnings)
     if answer.missing and answer.facts.kind != "not_oom":
-        keys = " ".join(f"{key}={EXAMPLE[key]}" for key in EXAMPLE if key in answer.missing)
-        yield from commands((f"gptfit explain-oom FILE {keys}    (says by how much)",))
+        keys = {key: value for key, value in EXAMPLE.items() if key in answer.missing}
+        yield from commands(
+            ("# with your run's sizes it says by how much", asked.gptfit("explain-oom", keys, *options))
+        )
+
+
+def figures_read(answer: "Diagnosis") -> list[tuple[str, str]]:
+    """The figures of the text. Its message lists other processes, or names none: that does not say that none is."""
+    read = [(name, key, getattr(answer.facts, key)) for name, key in FIGURES]
+    return [
+        (name, "named: none" if key == "other_processes_bytes" and n_bytes == 0 else format_bytes(n_bytes))
+        for name, key, n_bytes in read
+        if n_bytes is not None
+    ]
 
 
 # Keys of a run that a paste often leaves out, with the values of GPT-2 124M to show their form.
