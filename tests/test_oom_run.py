@@ -29,6 +29,7 @@ Traceback (most recent call last):
   File "train.py", line 300, in <module>
     x = nn.Linear(768, 3 * 768, bias=False, batch_size=4)
 torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 1.54 GiB."""
+LIGHTNINGS = {"dtype": "float16", "gradient_accumulation_steps": 4}
 RUNS = (
     (
         "python train.py --batch_size=32 --compile=False --dtype=float16",
@@ -57,6 +58,7 @@ RUNS = (
     ),
     ("(wte): Embedding(50304, 768)\n(0-11): 12 x Block(", {"vocab_size": 50304, "n_embd": 768, "n_layer": 12}),
     ("batch_size ...................... 4...........................updated", {"batch_size": 4}),
+    ('trainer = Trainer(\n    precision="16-mixed",\n    accumulate_grad_batches=4,\n)', LIGHTNINGS),
     ("gptfit train gpt2 batch_size=8 loss=chunked", {"batch_size": 8, "loss": "chunked"}),
     (
         "python -m scripts.base_train --depth=20 --device_batch_size=32",

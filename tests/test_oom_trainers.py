@@ -75,7 +75,23 @@ TRL = """trainer = SFTTrainer(
     + frame("accelerate/accelerator.py", "backward", "loss.backward(**kwargs)"),
     "9.27 GiB",
 )
+FIT = frame("lightning/pytorch/trainer/trainer.py", "fit", "call._call_and_handle_interrupt(") + frame(
+    "lightning/pytorch/strategies/strategy.py",
+    "optimizer_step",
+    "return self.precision_plugin.optimizer_step(optimizer, model=model, closure=closure, **kwargs)",
+)
+STEP = '  File "/home/u/lit.py", line 31, in training_step\n    loss = self.model(x, y)\n'
+LIGHTNING = (
+    "Using bfloat16 Automatic Mixed Precision (AMP)\nTrainer(accumulate_grad_batches=4, max_epochs=1)\n"
+    + failed(
+        FIT
+        + STEP
+        + '  File "/home/u/model.py", line 187, in forward\n    loss = F.cross_entropy(logits.view(-1, 50304), y)\n',
+        "3.07 GiB",
+    )
+)
 CASES = {
+    "lightning": (LIGHTNING, {"gradient_accumulation_steps": 4, "dtype": "bfloat16", "compile": False}),
     "huggingface": (TRANSFORMERS, {"batch_size": 16, "gradient_accumulation_steps": 2, "compile": False}),
     "nanochat": (
         NANOCHAT,
@@ -98,6 +114,7 @@ CASES = {
     ),
 }
 EXPECTED = {
+    "lightning": ("accumulate_grad_batches", "training_step", "checkpoint("),
     "huggingface": (
         "per_device_train_batch_size=8, gradient_accumulation_steps=4",
         "gradient_checkpointing=True",
@@ -121,6 +138,17 @@ def test_a_trainer_is_recognised_and_answered_in_its_words(name: str) -> None:
     assert not any(word in remedy.change + remedy.why for remedy in answer.remedies for word in NANOGPTS)
     assert any("logits" in text for text in (answer.summary, answer.cause))
     assert answer.to_json()["trainer"] == name
+
+
+@pytest.mark.parametrize("with_closure", [True, False])
+@pytest.mark.parametrize("inner", ["", frame("torch/nn/modules/module.py", "_call_impl", "return forward_call(*args)")])
+def test_the_innermost_work_decides_within_lightnings_optimizer_step(with_closure: bool, inner: str) -> None:
+    """A paste may leave out the frames between: what training_step calls is no work of the optimizer's."""
+    closure = frame("torch/optim/adamw.py", "step", "loss = closure()") if with_closure else ""
+    answer = explain_text(failed(FIT + closure + STEP + inner, "3.07 GiB"))
+    assert (answer.facts.phase, answer.trainer) == ("forward", "lightning")
+    step = frame("torch/optim/adamw.py", "_multi_tensor_adamw", "torch._foreach_sqrt(device_exp_avg_sqs)")
+    assert explain_text(failed(FIT + step, "148.00 MiB")).facts.phase == "optimizer"
 
 
 def figures(answer: Diagnosis) -> list[int]:

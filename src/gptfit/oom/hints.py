@@ -34,7 +34,14 @@ PROGRAMS: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("nanochat", lazy(r"nanochat|base_train\b|chat_sft\b|mid_train\b")),
     ("trl", lazy(r"\btrl[/\\]|\b(?:SFT|DPO|GRPO|PPO|ORPO|KTO)Trainer\b|\btrl sft\b")),
     ("torchtune", lazy(r"torchtune|\btune run\b")),
-    ("litgpt", lazy(r"litgpt|lit_gpt|lit-gpt|lit-llama|lightning[/\\]fabric")),
+    ("litgpt", lazy(r"litgpt|lit_gpt|lit-gpt|lit-llama")),
+    (
+        "lightning",
+        lazy(
+            r"lightning[/\\.]pytorch\b|pytorch[-_]lightning|\bLightning(?:Module|DataModule|CLI)\b|accumulate_grad_batches"
+        ),
+    ),
+    ("litgpt", lazy(r"lightning[/\\]fabric")),
     (
         "huggingface",
         lazy(
@@ -121,7 +128,7 @@ def shapes_in(lines: Sequence[str]) -> tuple[ShapeHint, ...]:
 
 
 def program_of(lines: Sequence[str]) -> str:
-    """Whose training code it was: gptfit, nanogpt, huggingface, nanochat, litgpt, trl, torchtune, or unknown."""
+    """Whose training code it was: gptfit, nanogpt, huggingface, nanochat, litgpt, lightning, trl, torchtune or unknown."""
     text = "\n".join(line[:600] for line in lines[:4000])
     return next((name for name, pattern in PROGRAMS if pattern.search(text)), "unknown")
 

@@ -113,8 +113,8 @@ def phase_of(frames: Sequence[Frame]) -> str:
         return "eval"
     step = _last(frames, _is_optimizer)
     closure = _last(frames, lambda frame: bool(_CLOSURE.search(frame.code)))
-    if closure >= step:  # Lightning and L-BFGS run forward and backward from within the optimizer's step
-        step = -1
+    if max(closure, _last(frames, _is_forward_work)) >= step:
+        closure, step = max(closure, step), -1  # Lightning and L-BFGS run forward and backward within optimizer.step()
     backward = _last(frames, _is_backward)
     if max(step, backward) >= 0:
         return "optimizer" if step > backward else "backward"
@@ -155,7 +155,7 @@ def phase_of_text(lines: Sequence[str]) -> str:
 
 
 _COMPILED = lazy(r"torchinductor|torch[/\\]_(?:inductor|dynamo|functorch)[/\\]")
-_TORCHS_OWN = lazy(r"[/\\]torch[/\\]|<")
+_TORCHS_OWN = lazy(r"[/\\](?:torch|(?:pytorch_)?lightning)[/\\]|<")
 _IMPLEMENTATION = lazy(r"_(multi_tensor|single_tensor|fused)_adam\w?")
 
 
@@ -229,6 +229,11 @@ def _is_load(frame: Frame) -> bool:
 def _is_data(frame: Frame) -> bool:
     in_file = bool(_DATA_FILE.search(frame.file)) and not _MODULE_FILE.search(frame.file)
     return in_file or bool(_DATA_FUNCTION.fullmatch(_name(frame)) or _DATA_CODE.search(frame.code))
+
+
+def _is_forward_work(frame: Frame) -> bool:
+    """What no optimizer does: a forward, or a trainer's step of the model."""
+    return _name(frame) == "training_step" or _is_own_forward(frame)
 
 
 def _is_own_forward(frame: Frame) -> bool:

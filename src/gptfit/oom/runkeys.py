@@ -43,6 +43,8 @@ OTHER_NAMES = {
     "per_device_eval_batch_size": "eval_batch_size",
     "gradient_accumulation_iters": "gradient_accumulation_steps",
     "grad_accum_steps": "gradient_accumulation_steps",
+    "accumulate_grad_batches": "gradient_accumulation_steps",
+    "gradient_clip_val": "grad_clip",
     "max_seq_length": "block_size",
     "max_seq_len": "block_size",
     "sequence_length": "block_size",
@@ -89,7 +91,7 @@ _NAMES = "|".join(
     )
 )
 _VALUE = (
-    r"(?P<value>-?\d{1,12}(?:_\d{3}){0,4}(?:\.\d{0,12})?(?:[eE]-?\d{1,3})?(?:\s?\*\s?\d{1,9}){0,3}"
+    r"(?P<value>['\"]?(?:16|32|bf16)-(?:mixed|true)['\"]?|-?\d{1,12}(?:_\d{3}){0,4}(?:\.\d{0,12})?(?:[eE]-?\d{1,3})?(?:\s?\*\s?\d{1,9}){0,3}"
     r"|True|False|true|false|None|['\"]?[A-Za-z][\w.-]{1,40}['\"]?)"
 )
 _PAIR = lazy(
@@ -132,6 +134,7 @@ _TOKENS = lazy(r"tokens per iteration will be: ([\d,]{1,15})|Total train batch s
 _PRETRAINED = lazy(
     r"(?:Initializing from OpenAI GPT-2 weights|loading weights from pretrained gpt): (gpt2(?:-medium|-large|-xl)?)\b"
 )
+_AMP = lazy(r"Using (bfloat16|16bit) (?:native )?Automatic Mixed Precision")  # Lightning, plugins/precision/amp.py
 # model.py, from_pretrained
 GPT2 = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280), "gpt2-xl": (48, 25, 1600)}
 
@@ -202,7 +205,7 @@ def _count(found: re.Match[str]) -> int:
 
 def _told(line: str, is_code: bool, echoed: bool) -> Iterator[tuple[str, object, str]]:
     """(key, value, place) of what one line tells."""
-    if ":" in line or "=" in line or "compiling" in line:
+    if ":" in line or "=" in line or "compiling" in line or "Automatic" in line:
         yield from _sayings(line)
     if " ..." in line and (dotted := _DOTTED.match(line)):
         yield from _setting(dotted.group("key"), dotted.group("value").rstrip("."), "printed config")
@@ -239,6 +242,8 @@ def _sayings(line: str) -> Iterator[tuple[str, object, str]]:
         yield "compile", True, "log"
     if "8bit" in line and "_component_" in line and "AdamW" in line:  # torchtune: bitsandbytes.optim.PagedAdamW8bit
         yield "optimizer", "adamw8bit", "printed config"
+    if (amp := _AMP.search(line)) is not None:
+        yield "dtype", DTYPES[amp.group(1).replace("bfloat", "bf").removesuffix("bit")], "log"
     if "using fused AdamW: " in line:
         yield "optimizer_impl", "fused" if "AdamW: True" in line else "foreach", "log"
     found = _PRETRAINED.search(line) if "gpt" in line else None

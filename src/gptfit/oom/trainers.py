@@ -1,7 +1,8 @@
 """Whose code trained: how it spells what saves memory, which twin stands for it, and what it does unless told.
 
 Sources: nanoGPT train.py and model.py; transformers training_args.py; trl sft_config.py (1.x); nanochat
-scripts/base_train.py (92d63d4); litgpt args.py and finetune/full.py; torchtune recipes/configs/llama3_1 (0.6).
+scripts/base_train.py (92d63d4); lightning 2.6 trainer/trainer.py; litgpt args.py and finetune/full.py; torchtune
+recipes/configs/llama3_1 (0.6).
 """
 
 from collections.abc import Mapping
@@ -138,6 +139,28 @@ NANOCHAT = Trainer(
         "eval": ("--device-batch-size={batch}", "the evaluation's batch is that of training"),
     },
 )
+LIGHTNING = Trainer(
+    title="Lightning's Trainer",
+    twin="gptfit",
+    batch="DataLoader(batch_size={batch}), Trainer(accumulate_grad_batches={steps})",
+    assumed={**_EAGER, "gradient_accumulation_steps": 1, "dtype": "float32"},
+    words={
+        "checkpointing": (
+            "x = checkpoint(block, x, use_reentrant=False)",
+            f"in the model's forward, with torch.utils.checkpoint: {AGAIN}",
+        ),
+        "chunked": ("F.cross_entropy in training_step over chunks of tokens", CHUNKED),
+        "bfloat16": ('Trainer(precision="bf16-mixed")', HALF),
+        "fused": ("torch.optim.AdamW(..., fused=True)", f"configure_optimizers: {LISTS}"),
+        "adamw8bit": ("bitsandbytes.optim.AdamW8bit(...)", f"configure_optimizers: {BITS}"),
+        "compile": ("module = torch.compile(module)", f"before trainer.fit: {FUSES}"),
+        "block": ("a block_size of {block} in the dataset", SHORTER),
+        "eval": (
+            "val_dataloader: DataLoader(batch_size={batch})",
+            "the validation's batch need not be that of training",
+        ),
+    },
+)
 LITGPT = Trainer(
     title="LitGPT",
     twin="gptfit",
@@ -181,6 +204,7 @@ TRAINERS: Mapping[str, Trainer] = MappingProxyType(
         "huggingface": HUGGINGFACE,
         "trl": TRL,
         "nanochat": NANOCHAT,
+        "lightning": LIGHTNING,
         "litgpt": LITGPT,
         "torchtune": TORCHTUNE,
     }
