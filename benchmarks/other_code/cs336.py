@@ -1,9 +1,10 @@
-"""The model that Stanford's course CS336 hands out for its assignment on systems, and the steps that two of its
+"""The model that Stanford's course CS336 hands out for its assignment on systems, and the steps that three of its
 students measured, written anew: the same operations in the same order, so that the same tensors live.
 
 Facts from stanford-cs336/assignment2-systems, cs336-basics (9d95f3b), duoan/cs336-assignment2-systems,
-cs336_systems/benchmarking.py (6a738ab), and LINYUNLinYun/CS336-assignment2-systems, cs336_systems/benchmark_nvtx.py
-(d7b9b89).
+cs336_systems/benchmarking.py (6a738ab), EnzoDing-rgb/cs336-assignment2-systems,
+cs336_systems/gradient_checkpointing/forward.py (9cb4efb), and LINYUNLinYun/CS336-assignment2-systems,
+cs336_systems/benchmark_nvtx.py (d7b9b89).
 """
 
 import math
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 VOCAB_SIZE = 10_000
 BATCH_SIZE = 4
@@ -119,8 +121,9 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    def __init__(self, size: str, block_size: int) -> None:
+    def __init__(self, size: str, block_size: int, group: int = 0) -> None:
         super().__init__()
+        self.group = group  # blocks of a checkpoint; 0 for none
         n_layer, n_head, n_embd = SIZES[size]
         rotation = Rotation(block_size, n_embd // n_head)
         self.embedding = matrix(VOCAB_SIZE, n_embd)
@@ -130,10 +133,19 @@ class Model(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         embedded = self.embedding[tokens, :]  # alive as long as the forward runs
         x = embedded
-        for block in self.blocks:
-            x = block(x)
+        if self.group:
+            for first in range(0, len(self.blocks), self.group):
+                x = checkpoint(self.run, x, first, use_reentrant=False)
+        else:
+            for block in self.blocks:
+                x = block(x)
         x = self.norm(x)
         return times(x, self.head)
+
+    def run(self, x: Tensor, first: int) -> Tensor:
+        for block in self.blocks[first : first + self.group]:
+            x = block(x)
+        return x
 
 
 def log_softmax(x: Tensor) -> Tensor:
@@ -165,11 +177,12 @@ class PlainAdamW(torch.optim.Optimizer):
             state["m"], state["v"] = m, v
 
 
-def course_step(size: str = "small", block_size: int = 512, compile: bool = False) -> tuple[Any, ...]:
-    """duoan's step: the course's loss and optimizer, fp32; with `compile` the model alone is compiled."""
+def course_step(size: str = "small", block_size: int = 512, compile: bool = False, group: int = 0) -> tuple[Any, ...]:
+    """duoan's and EnzoDing-rgb's step: the course's loss and optimizer, fp32. `compile` compiles the model alone,
+    `group` is the number of blocks of a checkpoint."""
     tokens = torch.zeros(BATCH_SIZE, block_size + 1, dtype=torch.int64)
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
-    model: Any = Model(size, block_size)
+    model: Any = Model(size, block_size, group)
     optimizer = PlainAdamW(model.parameters())
     run: Any = torch.compile(model) if compile else model
     kept: dict[str, Tensor] = {}
