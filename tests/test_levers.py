@@ -34,7 +34,7 @@ def test_what_a_change_does_to_the_process_is_the_difference_of_two_estimates(pr
         change = dict(effect.change)
         if "empty_cache" in change:
             continue
-        other = change.pop("program", program)
+        other = str(change.pop("program", program))
         after = estimate(derive(run, **change, **({"loss": "chunked"} if other != program else {})), other, *on_card)
         assert effect.process_delta_bytes == after.process_bytes - given.process_bytes, effect
         assert effect.fits == (after.verdict == "fits"), effect

@@ -36,8 +36,8 @@ def plan(
     gpu: str | None = None,
     reserve: str | int | None = None,
     tokens_per_step: int | None = None,
-    allow: Sequence[str] = (),
-    keep: Sequence[str] = (),
+    allow: str | Sequence[str] = (),
+    keep: str | Sequence[str] = (),
     program: str | None = None,
     **changes: Any,
 ) -> "Plan":
@@ -53,7 +53,8 @@ def plan(
     card = card_of(gpu, reserve)
     if card is None:
         raise GptfitError("there is no GPU driver here, so plan has to be told the card", 'plan(..., gpu="rtx4070")')
-    return make_plan(source, card.profile, card.reserve_bytes, tokens_per_step, allow, keep)
+    names = words_of(allow, 'allow=["adamw8bit"]'), words_of(keep, 'keep=["batch_size"]')
+    return make_plan(source, card.profile, card.reserve_bytes, tokens_per_step, *names)
 
 
 def estimate(
@@ -84,6 +85,15 @@ def explain_oom(
     from gptfit.oom.diagnose import diagnose
     from gptfit.oom.read import read_paste
 
+    if not isinstance(text, str | BaseException):
+        raise GptfitError(
+            f"a log of type {type(text).__name__}: expected the text, or the exception",
+            "explain_oom(open(path).read())",
+        )
+    if program is not None:
+        from gptfit.options import program_of
+
+        program_of(program)
     facts = read_paste("".join(traceback.format_exception(text)) if isinstance(text, BaseException) else text)
     program = program or ("nanogpt" if is_namespace(config) else None)
     return diagnose(facts, failed(facts, config, changes), program)
@@ -123,8 +133,8 @@ def check(namespace: Mapping[str, Any], gpu: str | None = None) -> "Estimate | N
         card = card_of(gpu, None)
         answer = estimate_on(source.run, "nanogpt", card)
         line = verdict_line(answer, source.run, card)
-    except GptfitError as error:
-        answer, line = None, f"no answer: {error.message}"
+    except Exception as error:  # a training is worth more than what is said of it
+        answer, line = None, f"no answer: {error.message if isinstance(error, GptfitError) else error}"
     if os.environ.get("RANK", "0") == "0":
         print(f"gptfit: {line}", file=sys.stderr)
     return answer
@@ -182,9 +192,19 @@ def text_of(value: Any, shown: Callable[[Any], str]) -> str:
     return f'"{value}"' if value == "" else f"{value}"
 
 
+def words_of(names: str | Sequence[str], example: str) -> Sequence[str]:
+    """Several names, or one. Raises GptfitError for what is none."""
+    names = [names] if isinstance(names, str) else names
+    if not isinstance(names, Sequence | set | frozenset) or not all(isinstance(name, str) for name in names):
+        raise GptfitError(f"{names!r:.60} is no list of names", f"write it as {example}")
+    return list(names)
+
+
 def card_of(gpu: str | None, reserve: str | int | None) -> "Card | None":
     from gptfit.card import find_card
 
+    if not isinstance(gpu, str | None):
+        raise GptfitError(f"a card of type {type(gpu).__name__}: expected its name", 'for example gpu="rtx4070"')
     return find_card(gpu, None if reserve is None else str(reserve))
 
 
@@ -223,6 +243,8 @@ def nanogpt_source(namespace: Mapping[str, Any]) -> "ConfigSource":
     from gptfit.memory.allocator_options import parse_options
     from gptfit.nanogpt_file import NANOGPT, OTHER_TRAIN_PY, TRAIN_PY, implied
 
+    if not isinstance(namespace, Mapping):
+        raise GptfitError(f"{type(namespace).__name__} is no namespace", "gptfit.check(globals())")
     plain = {key: value for key, value in namespace.items() if isinstance(value, bool | int | float | str)}
     own = {key: value for key, value in plain.items() if key in TRAIN_PY | OTHER_TRAIN_PY and key not in NANOGPT}
     values = {key: value for key, value in own.items() if key in KEYS}

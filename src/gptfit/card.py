@@ -40,6 +40,25 @@ def names_in(gpu: str) -> list[str]:
 
 
 def find_card(gpu: str | None, reserve: str | None = None) -> Card | None:
+    """As `look_for_card`. Raises GptfitError, too, where a `reserve` leaves nothing of it."""
+    card = look_for_card(gpu, reserve)
+    if card is not None and reserve is not None:
+        check_room([card], reserve)
+    return card
+
+
+def check_room(cards: "Sequence[Card]", reserve: str) -> None:
+    """Raises GptfitError where others hold all of each card, or more than it has."""
+    if cards and all(card.reserve_bytes >= card.profile.total_bytes for card in cards):
+        largest = max(cards, key=lambda card: card.profile.total_bytes).profile
+        raise GptfitError(
+            f"--reserve {reserve[:60]}: others would hold more than {largest.name} has, "
+            f"{format_bytes(largest.total_bytes)}",
+            "give what others hold on the card, as --reserve 1.5GiB",
+        )
+
+
+def look_for_card(gpu: str | None, reserve: str | None = None) -> Card | None:
     """The card called `gpu`, or where that is None or `auto`, the driver's; None where there is neither.
 
     `reserve` is a size as typed. A named card that usually drives a desktop is planned for with one on it, a detected

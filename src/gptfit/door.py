@@ -79,16 +79,19 @@ def _typed(overrides: Sequence[str]) -> _Layers:
     values: dict[str, Any] = {}
     other: dict[str, Any] = {}
     texts: dict[str, str] = {}
+    notes: list[str] = []
     for text in overrides:
         key, value = parse_override(text)
         if key in RunConfig.model_fields:
+            if values.get(key, value) != value:
+                notes.append(f"{key} is given twice: {shown(value)} holds, not {shown(values[key])}")
             values[key] = value
         elif is_harmless(key):
             other[key] = value
             texts[key] = text.removeprefix("--")
         else:
             check_key(key)
-    return _Layers({}, values, other, texts)
+    return _Layers({}, values, other, texts, tuple(notes))
 
 
 def _source(name: str, layers: _Layers, typed: _Layers, files: bool = True) -> ConfigSource:
@@ -100,12 +103,14 @@ def _source(name: str, layers: _Layers, typed: _Layers, files: bool = True) -> C
         user_keys=frozenset(user),
         program=layers.program,
         ignored={**layers.ignored, **typed.ignored},
-        notes=(*layers.notes, *notes),
+        notes=(*layers.notes, *typed.notes, *notes),
     )
 
 
 def _read(config: str | None, overridden: frozenset[str]) -> _Layers:
     """The layers of one CONFIG, by its form."""
+    if config is not None and not config.strip():
+        raise GptfitError("the config is an empty text", f"give a preset or a file, or nothing for {DEFAULT_PRESET}")
     if config is None or config in preset_names():
         return _Layers(base=load_preset(config or DEFAULT_PRESET).values, values={})
     path = Path(config)

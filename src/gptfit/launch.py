@@ -120,7 +120,9 @@ def choose_source(asked: Asked, auto_fit: bool, resume_from: Path | None, device
     if resume_from is not None and (resume_from / RUN_FILE).is_file():
         return read_config(str(resume_from / RUN_FILE), asked.overrides)
     if device.type == "cuda":
-        return read_config(None, (*GPU_OVERRIDES, *asked.overrides))
+        given = asked.changed({})
+        mine = (word for word in GPU_OVERRIDES if word.partition("=")[0] not in given)
+        return read_config(None, (*mine, *asked.overrides))
     return read_config(CPU_PRESET, asked.overrides)
 
 

@@ -103,7 +103,10 @@ TokensPerStep = Annotated[
 Allow = Annotated[
     list[str] | None,
     typer.Option(
-        "--allow", metavar="LEVER", help="Let it change numerics, as adamw8bit. Repeatable.", show_default=False
+        "--allow",
+        metavar="LEVER",
+        help="Let it change numerics: optimizer (adamw16bit, adamw8bit), param_dtype (bfloat16). Repeatable.",
+        show_default=False,
     ),
 ]
 Keep = Annotated[
@@ -175,6 +178,11 @@ def _check_option(context: typer.Context, word: str) -> None:
     options = [
         option for parameter in context.command.params for option in (*parameter.opts, *parameter.secondary_opts)
     ]
+    others = context.parent.command.commands.values() if context.parent else ()  # pyright: ignore
+    if takers := [o.name for o in others if any(name in parameter.opts for parameter in o.params)]:
+        raise GptfitError(
+            f"{context.command_path} takes no {name}; {', '.join(takers)} do", f"see: {context.command_path} --help"
+        )
     known = [option for option in options if option.startswith("--")] + [f"--{key}" for key in KEYS]
     raise GptfitError(f'unknown option "{name[:60]}"{nearest(name[:60], known)}', f"see: {context.command_path} --help")
 
@@ -187,6 +195,7 @@ def program_of(program: str | None, source: "ConfigSource | None" = None) -> str
     if program is None:
         return source.program if source is not None else "gptfit"
     if program not in PROGRAMS:
+        program = str(program)
         raise GptfitError(f'unknown program "{program[:60]}"{nearest(program[:60], PROGRAMS)}', "gptfit or nanogpt")
     return program
 

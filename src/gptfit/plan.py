@@ -11,14 +11,15 @@ from heapq import heapify, heappop
 from itertools import product
 from typing import Any
 
+from gptfit.allowed import LAST_RESORT, allowed
 from gptfit.combination import Combination
-from gptfit.config import RunConfig, check_key
+from gptfit.config import RunConfig, check_key, shown
 from gptfit.created import created_least, is_fragmented, saved_bytes
 from gptfit.door import ConfigSource
-from gptfit.errors import GptfitError, nearest
+from gptfit.errors import GptfitError
 from gptfit.estimate import Budget, Estimate, Speed, estimate, speed_json, under_program
 from gptfit.gpus import GpuProfile
-from gptfit.levers import LEVERS, LeverEffect, effects
+from gptfit.levers import LeverEffect, effects
 from gptfit.memory.overhead import CUBLAS_HANDLES, cublas_workspace_bytes
 from gptfit.speed import Pace
 from gptfit.units import format_bytes
@@ -33,11 +34,6 @@ FREE: dict[str, tuple[object, ...]] = {
 }
 # Tried for a chunked loss beside the run's own size: the larger, the fewer times the head's gradient is added up.
 CHUNK_SIZES = (2048, 4096, 8192)
-# Tried when nothing fits, or with --allow: these change the numbers.
-LAST_RESORT: dict[str, tuple[object, ...]] = {
-    "optimizer": ("adamw16bit", "adamw8bit"),
-    "param_dtype": ("bfloat16",),
-}
 FINALISTS = 4
 MANY = 1024
 TRITON_CAPABILITY = 7.0  # what torch.compile asks of a card (torch/_inductor/scheduler.py, GPUTooOldForTriton)
@@ -161,11 +157,9 @@ def plan(
 
 def checked_tokens(run: RunConfig, tokens_per_step: int | None, allow: Iterable[str]) -> int:
     """Tokens of a step, those of `run` if not given. Raises as `plan` does."""
-    for name in allow:
-        if name not in LAST_RESORT and name not in LEVERS:
-            raise GptfitError(
-                f'unknown lever "{name}"{nearest(name, LAST_RESORT)}', f"levers: {', '.join(LAST_RESORT)}"
-            )
+    allowed(allow)
+    if tokens_per_step is not None and (type(tokens_per_step) is not int or tokens_per_step < 1):
+        raise GptfitError(f"tokens per step {shown(tokens_per_step)}: expected a whole number from 1 up", "as 491520")
     tokens = tokens_per_step or run.tokens_per_step
     if tokens < run.block_size:
         raise GptfitError(
@@ -221,9 +215,9 @@ def options(run: RunConfig, profile: GpuProfile, kept: Iterable[str], allow: Seq
         free["compile"] = (False,)
     if run.dtype == "bfloat16" and profile.flops.bf16 is None and "dtype" not in kept:
         free["dtype"] = ("float16", "bfloat16")  # what nanoGPT does where there are no units for bf16
-    for key in LAST_RESORT:
-        if (key in allow or any(name in LAST_RESORT[key] for name in allow)) and key not in kept:
-            free[key] = (getattr(run, key), *(value for value in LAST_RESORT[key] if value != getattr(run, key)))
+    for key, values in allowed(allow).items():
+        if key not in kept:
+            free[key] = (getattr(run, key), *(value for value in values if value != getattr(run, key)))
     every = [dict(zip(free, values, strict=True)) for values in product(*free.values())]
     if "loss_chunk_size" not in kept:
         chunked = [choice for choice in every if choice.get("loss", run.loss) == "chunked"]

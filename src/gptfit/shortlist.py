@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from gptfit.card import Card, names_in, need_card
+from gptfit.card import Card, check_room, look_for_card, names_in
 from gptfit.combination import Combination
 from gptfit.door import ConfigSource
 from gptfit.errors import GptfitError
@@ -105,17 +105,24 @@ def several(gpu: str | None) -> list[str] | None:
     if gpu.strip().lower() == "all":
         return gpu_names()
     names = names_in(gpu)
+    if any(name.lower() in ("all", "auto") for name in names) and len(names) > 1:
+        raise GptfitError(
+            f'--gpu "{gpu[:60]}": expected names alone, or all, or auto', "--gpu all has every card in it"
+        )
     if not names:
         raise GptfitError(f'--gpu "{gpu[:60]}" names no card', "write it as --gpu rtx4070,l4, or --gpu all")
     return names if len(names) > 1 else None
 
 
 def find_cards(names: Iterable[str], reserve: str | None) -> list[Card]:
-    """Each card once, with `reserve` on all of them. Raises GptfitError for a name that is none."""
+    """Each card once, with `reserve` on all of them. Raises GptfitError for a name that is none, and where `reserve`
+    leaves nothing of any of them."""
     cards: dict[str, Card] = {}
     for name in names:
-        card = need_card(name, reserve, "plan")
-        cards.setdefault(card.profile.name, card)
+        if (card := look_for_card(name, reserve)) is not None:
+            cards.setdefault(card.profile.name, card)
+    if reserve is not None:
+        check_room(list(cards.values()), reserve)
     return list(cards.values())
 
 

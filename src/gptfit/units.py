@@ -51,7 +51,9 @@ def parse_size(text: str | int) -> int:
         raise GptfitError(f'unknown unit "{unit}" in the size "{text}"', "use KiB, MiB, GiB or TiB (powers of 1024)")
     if number.startswith("-"):
         raise GptfitError(f'the size "{text}" is negative', "memory is counted from 0 upwards")
-    return round(float(number) * _UNITS[unit.lower()]) if unit or "." in number else int(number)
+    if not unit and "." in number:
+        raise GptfitError(f'the size "{text}" has no unit', f"write it as {number}GiB, or a whole number of bytes")
+    return round(float(number) * _UNITS[unit.lower()]) if unit else int(number)
 
 
 def parse_count(text: str) -> int:

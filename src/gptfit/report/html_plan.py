@@ -177,7 +177,11 @@ def levers_table(levers: Sequence[LeverEffect]) -> Html:
     )
     columns = ("change", "less | more memory", "MiB of the process", "time", "then", "why")
     return table(
-        columns, rows, "Each by estimating the run again; * changes the numbers of training", ("MiB of the process", "time"), True
+        columns,
+        rows,
+        "Each by estimating the run again; * changes the numbers of training",
+        ("MiB of the process", "time"),
+        True,
     )
 
 

@@ -7,11 +7,11 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from gptfit.asked import Asked
-from gptfit.config import derive
+from gptfit.config import derive, make_run
 from gptfit.door import ConfigSource
 from gptfit.estimate import Estimate
 from gptfit.levers import LeverEffect, step_text
-from gptfit.plan import Plan
+from gptfit.plan import LAST_RESORT, Plan, changes_numerics
 from gptfit.report.terminal import (
     QUIET,
     Narrowing,
@@ -24,7 +24,6 @@ from gptfit.report.terminal import (
     peak_view,
     run_text,
     speed_text,
-    table,
     title,
 )
 from gptfit.units import format_bytes, format_mib
@@ -74,6 +73,8 @@ def given_view(given: Estimate, best: Estimate | None) -> Iterator[RenderableTyp
     if best is not None:
         changes = ", ".join(changed(given, best))
         yield Text(f"Changed: {changes}." if changes else "The run as given is the choice.")
+        if changes_numerics(make_run(given.config), best.config):
+            yield Text("  * changes the numbers of training, not only its memory", style=QUIET)
 
 
 def changed(given: Estimate, best: Estimate) -> Iterator[str]:
@@ -85,7 +86,7 @@ def changed(given: Estimate, best: Estimate) -> Iterator[str]:
         # Evaluation takes the micro-batch of training, unless it is given its own.
         follows = key == "eval_batch_size" and before == given.config["batch_size"]
         if value != before and not follows:
-            yield f"{SHORT.get(key, key)} {before} → {value}"
+            yield f"{SHORT.get(key, key)} {before} → {value}" + (" *" if key in LAST_RESORT else "")
 
 
 def candidates_view(plan: Plan) -> Iterator[RenderableType]:

@@ -9,7 +9,7 @@ from gptfit.asked import Asked
 from gptfit.config import RunConfig
 from gptfit.plan import LAST_RESORT
 from gptfit.report.target import DAY, has_price, money, target_line
-from gptfit.report.terminal import QUIET, commands, headline, table, title
+from gptfit.report.terminal import QUIET, Narrowing, commands, headline, title
 from gptfit.shortlist import CardPlan, Shortlist
 from gptfit.units import counted, format_bytes, significant
 
@@ -60,7 +60,8 @@ def shortlist_view(answer: Shortlist, run: RunConfig, verbose: bool = False) -> 
             )
             for plan in shown
         ]
-        yield table(("card", "usable", "needed", "missing"), rows, right=("usable", "needed", "missing"))
+        sizes = ("usable", "needed", "missing")
+        yield Narrowing(("card", *sizes), rows, spare=("usable", "needed"), right=sizes)
         yield from left_out(len(failing) - len(shown))
     yield from card_notes(answer.cards)
 
@@ -96,7 +97,8 @@ def rows_view(fitting: Sequence[CardPlan], run: RunConfig, verbose: bool) -> Ite
     if (target := shown[0].target) is not None:
         columns += ["days", "cost"] if has_price(target.goal) else ["days"]
     rows = [row(plan, run) for plan in shown]
-    yield table(columns, rows, right=("batch", "tokens/s", "from – to", "days", "cost"))
+    numbers = ("batch", "tokens/s", "from – to", "days", "cost")
+    yield Narrowing(columns, rows, spare=("from – to", "batch", "changed"), right=numbers)
     yield from left_out(len(fitting) - len(shown))
     yield Text("  batch is micro-batch × accumulation; where from – to overlap, it is a draw", style=QUIET)
     if any(plan.changes_numerics for plan in shown):
@@ -129,7 +131,7 @@ def levers_text(choice: Mapping[str, object], run: RunConfig) -> str:
 
 
 def usable_text(plan: CardPlan) -> str:
-    return format_bytes(plan.usable_bytes)
+    return format_bytes(max(0, plan.usable_bytes))
 
 
 def short(rate: float) -> str:

@@ -71,7 +71,7 @@ class ByWidth(NamedTuple):
 
 class Narrowing(NamedTuple):
     """A table without as many of the `spare` columns, the first of them first, as there is no room for: a number that
-    is broken over lines is none. What is left and not in `right` (all of it, where not given) may wrap."""
+    is broken over lines is none. Columns in `right` (all, where not given) are whole; the others wrap between words."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -79,9 +79,11 @@ class Narrowing(NamedTuple):
     right: Sequence[str] | None = None
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        numbers = self.columns if self.right is None else self.right
         widths = {
-            column: max(cell_len(cell) for cell in (column, *cells)) + 2
-            for column, *cells in zip(self.columns, *self.rows, strict=True)
+            column: max(cell_len(part) for cell in cells for part in ([cell] if column in numbers else words(cell))) + 2
+            for column, *others in zip(self.columns, *self.rows, strict=True)
+            for cells in ((column, *others),)
         }
         left = list(self.columns)
         for column in self.spare:
@@ -89,8 +91,12 @@ class Narrowing(NamedTuple):
                 break
             left.remove(column)
         kept = [index for index, column in enumerate(self.columns) if column in left]
-        right = [column for column in left if self.right is None or column in self.right]
+        right = [column for column in left if column in numbers]
         yield table(left, [[row[index] for index in kept] for row in self.rows], right=right, whole=right)
+
+
+def words(cell: str) -> Sequence[str]:
+    return cell.split() or [""]
 
 
 def title(text: str) -> Text:
