@@ -116,9 +116,6 @@ def logits_and_loss(program: Compiled) -> tuple[Tensor, list[Tensor]]:
     w.flops += 2 * program.tokens[0] * program.tokens[1] * run.n_embd * run.vocab_size
     logits = w.empty("lm_head", "logits", program.shape(run.vocab_size), program.low)
     w.mark("cross entropy", "loss" if w.training else "evaluation")
-    if run.logit_softcap and program.low != "float32":
-        raised = w.empty("logits in float32", "logits", program.shape(run.vocab_size), "float32")
-        del raised
     scalars = [program.activation(f"loss {part}", 1, "float32") for part in ("maximum", "log-sum")]
     return logits, [*([copy] if copy is not None else []), *scalars]
 

@@ -285,12 +285,7 @@ class Block(Listing):
             weights[module] = self.cast(module, f, c)
             made.append(self.call(self.rows(module, f), ln_2, weights[module]))
         h = self.rows("mlp.h", f)
-        if run.mlp == "swiglu" and top:
-            silu = self.rows("mlp.silu", f)
-            self.add([silu, h], made, parts=2)
-            made.append(silu)
-        else:
-            self.add([h], made, group="" if top else f"{self.at}activation", parts=len(made))
+        self.add([h], made, group="" if top else f"{self.at}activation", parts=len(made))
         return made, h, weights
 
     def mlp_backward(
@@ -305,14 +300,10 @@ class Block(Listing):
         self.both_gradients("mlp.c_proj", c, f, h, dx, weight, dh)
         modules = ["mlp.c_fc", "mlp.c_gate"] if run.mlp == "swiglu" else ["mlp.c_fc"]
         grads = [self.rows(f"{module} gradient", f) for module in modules]
-        places = {grads[0]: dh} if run.mlp != "swiglu" else {}
-        if len(made) == 3:  # the gate's silu is stored
-            places = {grads[0]: made[2], grads[1]: made[1]}
-        inside = 0
-        if run.mlp == "swiglu":
-            n = self.slots[dh].n_bytes
-            inside = n // DTYPE_BYTES[self.low] * 4 + (n if group else 0)
-        self.add(grads, [*made, dh], places=places, inside=inside, group=group, parts=2 * len(grads) - 1)
+        places = {grads[0]: dh}
+        if run.mlp == "swiglu":  # the gate's gradient lies where the gated part lay, which nothing else reads then
+            places = {grads[1]: made[1]} if not group else {}
+        self.add(grads, [*made, dh], places=places, group=group, parts=2 * len(grads) - 1)
         return [
             self.both_gradients(
                 module, f, c, ln_2, grad, weights.get(module, ""), self.rows(f"{module} input gradient", c)

@@ -10,7 +10,20 @@ from typing import TYPE_CHECKING
 from gptfit.memory.autograd import Tensor
 from gptfit.memory.compiled_again import Again
 from gptfit.memory.compiled_forward import Stretch, base_name
-from gptfit.memory.compiled_plan import FRESH, GIVEN, OUTPUT, SAVED, Plan, Slot, Step, fuse_near, fuse_with_next, fused
+from gptfit.memory.compiled_order import reordered
+from gptfit.memory.compiled_plan import (
+    FRESH,
+    GIVEN,
+    OUTPUT,
+    SAVED,
+    Kernel,
+    Plan,
+    Slot,
+    Step,
+    fuse_near,
+    fuse_with_next,
+    fused,
+)  # fmt: skip
 from gptfit.memory.tape import Buffer, Event, make_buffer
 
 if TYPE_CHECKING:
@@ -29,8 +42,13 @@ class Rounds:
         self.ends: list[int] = []  # the last kernel of each round
         self.list_kernels()
         self.rounds: list[list[Step]] = [[] for _ in range(len(program.stretches) + 1)]
+        self.late: set[str] = set()  # what was kept and goes after its own round
+        stretches = [*reversed(program.stretches), None]
         for step in self.planned():
-            self.rounds[self.round_of(step)].append(step)
+            index, owner = self.round_of(step), self.stretch_of(step)
+            self.rounds[index].append(step)
+            if owner is not None and owner is not stretches[index]:
+                self.late.add(step.name)
         self.buffers = self.shown()
 
     def list_kernels(self) -> None:
@@ -80,33 +98,49 @@ class Rounds:
         fuse_near(listing.kernels, "/softmax", 1)
         fuse_with_next(listing.kernels, "/softmax backward", "/softmax")
         order = fused(listing.kernels)
-        written = [kernel.writes for kernel in order]
-        for stretch in reversed(self.program.stretches):
-            end = f"{stretch.start}+0/x gradient"
-            self.ends.append(next(index for index, names in enumerate(written) if end in names))
-        plan = Plan(order, listing.slots, self.unseen(len(order)))
+        hidden = dict(zip(self.ends_in(order), (made - kept for kept, made in self.unseen()), strict=True))
+        saved_bytes, output_bytes = (sum(sizes) for sizes in zip(*self.unseen(), strict=True))
+        order = reordered(order, listing.slots, hidden, saved_bytes, output_bytes)
+        self.ends = self.ends_in(order)
+        spans: list[tuple[int, int, int]] = []
+        for end, (kept, made) in zip(self.ends, self.unseen(), strict=True):
+            spans += [(0, end + 1, kept), (end + 1, len(order), made)] if kept or made else []
+        plan = Plan(order, listing.slots, spans)
         return [step for step in plan.steps if step is not None]
 
-    def round_of(self, step: Step) -> int:
-        """In which round a step is taken. What stays, and what was kept, goes with its own, if a fused kernel touches
-        it in another."""
-        place = step.name.partition("+")[0]
-        if self.listing.slots[step.name].kind in (OUTPUT, SAVED) and place.isdigit():
-            starts = [stretch.start for stretch in reversed(self.program.stretches)]
-            return starts.index(int(place))
-        return sum(step.kernel > end for end in self.ends)
+    def ends_in(self, order: list[Kernel]) -> list[int]:
+        """The last kernel of each round's way down."""
+        found = {name: index for index, kernel in enumerate(order) for name in kernel.writes if "x gradient" in name}
+        return [found[f"{stretch.start}+0/x gradient"] for stretch in reversed(self.program.stretches)]
 
-    def unseen(self, stop: int) -> list[tuple[int, int, int]]:
-        """What the rounds that one stands for hold more: what they kept until then, their gradients from then on."""
-        found: list[tuple[int, int, int]] = []
-        for end, stretch in zip(self.ends, reversed(self.program.stretches), strict=True):
+    def stretch_of(self, step: Step) -> Stretch | None:
+        """Whose gradient is made, or whose kept tensor goes."""
+        place = step.name.partition("+")[0]
+        if self.listing.slots[step.name].kind not in (OUTPUT, SAVED) or not place.isdigit():
+            return None
+        return next(stretch for stretch in self.program.stretches if stretch.start == int(place))
+
+    def round_of(self, step: Step) -> int:
+        """In which round a step is taken. Where one round stands for many, what stays and what was kept goes with its
+        own, also if it is touched in another."""
+        now = sum(step.kernel > end for end in self.ends)
+        owner = self.stretch_of(step)
+        stretches = self.program.stretches[::-1]
+        if owner is None or (owner.n == 1 and (now == len(stretches) or stretches[now].n == 1)):
+            return now
+        return stretches.index(owner)
+
+    def unseen(self) -> list[tuple[int, int]]:
+        """What the rounds that each one stands for hold more: what they kept until then, their gradients from then
+        on."""
+        found: list[tuple[int, int]] = []
+        for stretch in reversed(self.program.stretches):
             sizes = {SAVED: 0, OUTPUT: 0}
-            for name, slot in self.listing.slots.items():
+            for name, slot in self.listing.slots.items() if stretch.n > 1 else ():
                 if name.partition("+")[0] == str(stretch.start) and slot.kind in sizes:
                     sizes[slot.kind] += slot.n_bytes
-            found.append((0, end + 1, (stretch.n - 1) * sizes[SAVED]))
-            found.append((end + 1, stop, (stretch.n - 1) * sizes[OUTPUT]))
-        return [row for row in found if row[2]]
+            found.append(((stretch.n - 1) * sizes[SAVED], (stretch.n - 1) * sizes[OUTPUT]))
+        return found
 
     def shown(self) -> dict[str, Buffer]:
         """The buffer of each storage: of one size all are named alike, as they take each other's place."""
@@ -129,7 +163,8 @@ class Rounds:
             with w.loop(stretch.n, reverse=True, start=stretch.start, stride=stretch.stride):
                 w.mark("block")
                 self.write_steps(steps, stretch)
-                stretch.kept.clear()
+                for position, kept in enumerate(stretch.kept):
+                    kept[:] = [tensor for tensor in kept if saved_name(stretch, position, tensor) in self.late]
             w.shift = 0
             self.write_steps(after, stretch)
 
@@ -140,17 +175,22 @@ class Rounds:
     def write_steps(self, steps: list[Step], stretch: Stretch) -> None:
         program = self.program
         w = program.w
-        for sign, name, _ in steps:
+        for step in steps:
+            sign, name, _ = step
             place, _, label = name.rpartition("/")
-            w.shift = int(place.partition("+")[2] or 0)
-            kind = self.listing.slots[name].kind
+            kind, owner = self.listing.slots[name].kind, self.stretch_of(step) or stretch
+            position = int(place.partition("+")[2] or 0)
+            w.shift = owner.start - stretch.start + position
             if kind == OUTPUT:
                 if place != "end":
                     parameter = label.removesuffix(".grad")
                     program.gradient(parameter if parameter.startswith("ln_f") else f"h.*.{parameter}")
             elif kind == SAVED:
-                kept = program.head_kept if place == "end" else stretch.kept[w.shift]
-                kept[:] = [tensor for tensor in kept if tensor.storage.buffer.name.removeprefix("h.*.") != label]
+                kept = program.head_kept if place == "end" else owner.kept[position]
+                for index in reversed(range(len(kept))):
+                    if kept[index].storage.buffer.name.removeprefix("h.*.") == label:
+                        kept[index].storage.shift = w.shift if w.rounds else position  # its own loop comes with it
+                        del kept[index]
             elif not (sign > 0 and name == FINAL):
                 w.items.append(Event(sign, self.buffers[name]))
         w.shift = 0
@@ -171,3 +211,8 @@ class Rounds:
             else:
                 inside.append(step)
         return before, inside, after
+
+
+def saved_name(stretch: Stretch, position: int, tensor: Tensor) -> str:
+    """The name in the plan of what forward kept."""
+    return f"{stretch.start}+{position}/{tensor.storage.buffer.name.removeprefix('h.*.')}"
