@@ -3,12 +3,16 @@
 import gzip
 import io
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from gptfit.events import Event, Finished, Note, Stepped
+from gptfit.config import RunConfig
+from gptfit.errors import GptfitError
+from gptfit.events import Event, Finished, Note, Started, Stepped
+from gptfit.export import export
 from gptfit.progress import Progress, clock, step_line
 from gptfit.progress import lines as told
 from gptfit.train import train
@@ -74,3 +78,85 @@ def test_a_profile_is_a_trace_of_three_steps(dataset, tmp_path):
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (3599, "59:59"), (3661, "1:01:01")])
 def test_clock(seconds, text):
     assert clock(seconds) == text
+
+
+def record(step: int, seconds: float) -> Stepped:
+    return Stepped(step, 2.0, 6e-4, 10, seconds, 10 / seconds, 1.0, None, None)
+
+
+def told_of(tmp_path: Path, run: RunConfig, *events: Event) -> list[str]:
+    stream = io.StringIO()
+    with Progress(stream) as progress:
+        progress(Started(run, "cpu", 1000, "words", 100, "byte", 0, tmp_path))
+        for event in events:
+            progress(event)
+    return stream.getvalue().splitlines()[2:]
+
+
+def test_a_slow_first_step_says_what_the_others_take(dataset, tmp_path):
+    run = tiny(dataset, max_iters=101, log_interval=10)
+    assert told_of(tmp_path, run, record(1, 90.0))[0] == "the first step took 1:30; 100 more like it take 2:30:00"
+    assert told_of(tmp_path, run, record(1, 0.5), record(2, 0.5)) == []
+
+
+def test_no_minute_passes_without_a_line(dataset, tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("gptfit.progress.time.monotonic", lambda: now[0])
+    stream, steps = io.StringIO(), []
+    with Progress(stream) as progress:
+        progress(Started(tiny(dataset, max_iters=200, log_interval=100), "cpu", 1, "words", 1, "byte", 0, tmp_path))
+        for step in range(1, 30):
+            now[0] += 25.0
+            progress(record(step, 25.0))
+    steps = [int(line.split()[1].partition("/")[0]) for line in stream.getvalue().splitlines() if "loss" in line]
+    assert steps and max(b - a for a, b in zip([0, *steps], steps, strict=False)) * 25.0 <= 75.0
+
+
+def test_a_first_step_that_takes_long_is_told_to_be_under_way(dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr("gptfit.progress.PATIENCE", 0.05)
+    stream = io.StringIO()
+    with Progress(stream) as progress:
+        progress(Started(tiny(dataset), "cpu", 1, "words", 1, "byte", 3, tmp_path))
+        end = time.monotonic() + 10
+        while "under way" not in stream.getvalue() and time.monotonic() < end:
+            time.sleep(0.01)
+    assert "step 4/10 is under way" in stream.getvalue()
+    stream = io.StringIO()
+    with Progress(stream) as progress:
+        progress(Started(tiny(dataset), "cpu", 1, "words", 1, "byte", 3, tmp_path))
+        progress(record(4, 0.01))
+        time.sleep(0.2)
+    assert "under way" not in stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("changes", "forms"),
+    [
+        ({}, ("hf", "nanogpt")),
+        ({"tie_embeddings": False}, ("hf",)),
+        ({"norm": "rmsnorm", "mlp": "swiglu", "position": "rope"}, ("hf",)),
+        ({"norm": "rmsnorm", "mlp": "swiglu", "position": "rope", "qk_norm": True}, ()),
+        ({"n_kv_head": 1}, ()),
+        ({"mlp": "swiglu"}, ()),
+    ],
+)
+def test_only_forms_that_the_model_has_are_offered(dataset, tmp_path, changes, forms):
+    events: list[Event] = []
+    run = tiny(dataset, max_iters=1, eval_interval=0, **changes)
+    finished = train(run, tmp_path, on_event=events.append)
+    line = "".join(told(finished, run)[2:])
+    assert ("gptfit export" in line, "nanogpt" in line) == ("hf" in forms, "nanogpt" in forms)
+    for form in ("hf", "nanogpt"):
+        if form in forms:
+            export(tmp_path, format=form)
+        else:
+            with pytest.raises(GptfitError, match="form"):
+                export(tmp_path, format=form)
+
+
+def test_a_run_is_not_resumed_to_a_step_that_it_is_past(dataset, tmp_path):
+    train(tiny(dataset, max_iters=4, eval_interval=0), tmp_path)
+    before = (tmp_path / "run.yaml").read_text()
+    with pytest.raises(GptfitError, match=r"max_iters=2, but the run in .* is at step 4 already"):
+        train(tiny(dataset, max_iters=2, eval_interval=0), tmp_path, resume=True)
+    assert (tmp_path / "run.yaml").read_text() == before

@@ -9,21 +9,13 @@ import torch
 
 from gptfit.checkpoint import Checkpoint, latest_valid
 from gptfit.errors import GptfitError
+from gptfit.forms import check_form
 from gptfit.huggingface_weights import to_huggingface
 from gptfit.named import check_format, no_checkpoint
 from gptfit.nanogpt_file import OTHER_TRAIN_PY, TRAIN_PY
 from gptfit.replacing import replacing
 from gptfit.tokenizer import get_tokenizer
 
-# What nanoGPT's model.py can be, beside its model_args.
-NANOGPT_MODEL = {
-    "norm": "layernorm",
-    "mlp": "gelu",
-    "position": "learned",
-    "tie_embeddings": True,
-    "qk_norm": False,
-    "logit_softcap": 0.0,
-}
 MODEL_ARGS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
 
 
@@ -75,13 +67,7 @@ def _write_huggingface(checkpoint: Checkpoint, folder: Path) -> tuple[tuple[Path
 
 def _write_nanogpt(checkpoint: Checkpoint, folder: Path) -> tuple[tuple[Path, ...], str]:
     run = checkpoint.run
-    wanted = {**NANOGPT_MODEL, "n_kv_head": run.n_head, "n_hidden": 4 * run.n_embd}
-    for key, value in wanted.items():
-        if getattr(run, key) != value:
-            raise GptfitError(
-                f"{key}={getattr(run, key)} has no form in nanoGPT, whose model has {key}={value}",
-                "--format hf may have one",
-            )
+    check_form(run, "nanogpt")
     known = {key: getattr(run, key) for key in (*TRAIN_PY, *OTHER_TRAIN_PY) if hasattr(run, key)}
     plain: dict[str, Any] = {
         "model_args": {key: getattr(run, key) for key in MODEL_ARGS},

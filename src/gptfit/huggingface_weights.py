@@ -11,15 +11,10 @@ import torch
 from torch import Tensor
 
 from gptfit.config import ModelConfig
-from gptfit.errors import GptfitError
+from gptfit.forms import GPT2, LLAMA, check_form
 from gptfit.layers import NORM_EPS
 
 Weights = dict[str, Tensor]
-
-# What a family is, in the keys of a run.
-GPT2 = {"norm": "layernorm", "mlp": "gelu", "position": "learned"}
-LLAMA = {"norm": "rmsnorm", "mlp": "swiglu", "position": "rope"}
-NEITHER = {"qk_norm": False, "logit_softcap": 0.0}
 
 # The Conv1D layers of transformers' modeling_gpt2.py.
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
@@ -46,19 +41,8 @@ def to_huggingface(run: ModelConfig, weights: Mapping[str, Tensor]) -> tuple[dic
 
     Raises GptfitError naming the key that transformers has no word for.
     """
+    check_form(run, "hf")
     family = GPT2 if run.norm == "layernorm" else LLAMA
-    name = "GPT-2" if family is GPT2 else "Llama"
-    for key, value in {**family, **NEITHER}.items():
-        if getattr(run, key) != value:
-            raise GptfitError(
-                f"{key}={getattr(run, key)} with norm={run.norm} has no Hugging Face form: {name} has {key}={value}",
-                "layernorm, gelu and learned positions export as GPT-2; rmsnorm, swiglu and rope as Llama",
-            )
-    if family is GPT2 and run.n_kv_head != run.n_head:
-        raise GptfitError(
-            f"n_kv_head={run.n_kv_head} with norm=layernorm has no Hugging Face form: GPT-2 has as many as n_head",
-            "rmsnorm, swiglu and rope export as Llama, which has grouped heads",
-        )
     dtype = next(iter(weights.values())).dtype
     common = {
         "vocab_size": run.vocab_size,

@@ -7,6 +7,7 @@ import json
 import platform
 import shlex
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -32,6 +33,7 @@ class Journal:
         self.step = 0
         self.started = False
         self.waiting = [line("launched", 0, **launched)]
+        self.lock = threading.Lock()  # a signal is told of by a thread of its own
 
     def __call__(self, event: Event) -> None:
         self.listener(event)
@@ -43,11 +45,12 @@ class Journal:
         self.write(line(type(event).__name__.lower(), self.step, **told(event)))
 
     def write(self, entry: str) -> None:
-        self.waiting.append(entry)
-        if self.started:
-            with suppress(OSError), (self.folder / NAME).open("a", encoding="utf-8") as file:
-                file.write("".join(self.waiting))
-                self.waiting.clear()
+        with self.lock:
+            self.waiting.append(entry)
+            if self.started:
+                with suppress(OSError), (self.folder / NAME).open("a", encoding="utf-8") as file:
+                    file.write("".join(self.waiting))
+                    self.waiting.clear()
 
 
 def line(kind: str, step: int, **values: Any) -> str:

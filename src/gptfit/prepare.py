@@ -8,7 +8,7 @@ import hashlib
 import json
 import shlex
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
@@ -108,15 +108,17 @@ def prepare(
         progress = begin(folder, question, restart)
         job = _Job(folder, listed, coder, question, workers, on_progress)
         if on_begin is not None and (progress.n or reads_once(question)):
-            on_begin(_first_line(progress, len(listed.files)))
+            on_begin(_first_line(progress, listed.files))
         with job.unharmed():
             progress = progress if progress.meta else job.make(progress)
             return job.place(progress)
 
 
-def _first_line(progress: Progress, n_files: int) -> str:
+def _first_line(progress: Progress, files: Sequence[Path | None]) -> str:
     if not progress.n:
-        return "stdin comes once: cut short, this begins anew; from a file it would go on"
+        once = next(path for path in files if path is None or not path.is_file())
+        return f"{once or 'stdin'} comes once: cut short, this begins anew; from a file it would go on"
+    n_files = len(files)
     return f"going on from {progress.n:,} tokens, file {min(progress.place.file + 1, n_files):,} of {n_files:,}"
 
 

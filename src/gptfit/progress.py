@@ -3,6 +3,7 @@
 import math
 import shlex
 import sys
+import threading
 import time
 from typing import TextIO
 
@@ -10,7 +11,9 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from gptfit.config import RunConfig
 from gptfit.events import Event, Finished, Measured, Note, Sampled, Saved, Started, Stepped
+from gptfit.forms import refusal
 from gptfit.units import format_bytes
 
 # Columns of the narrowest terminal that is usual.
@@ -19,6 +22,11 @@ WIDTH = 80
 # Weight of the newest step in the average that the remaining time is reckoned with.
 SMOOTHING = 0.1
 
+# Seconds without a line, after which a step is told of though none is due.
+SILENCE = 60.0
+# Seconds that a first step is waited for in silence, and how long it must take to be worth a line of its own.
+PATIENCE, SLOW = 20.0, 10.0
+
 
 class Progress:
     """A listener for train(). Use it as a context manager: leaving it puts the terminal right."""
@@ -26,9 +34,12 @@ class Progress:
     def __init__(self, stream: TextIO | None = None) -> None:
         self.console = Console(file=stream or sys.stderr, highlight=False, soft_wrap=True)
         self.live = Live(console=self.console, refresh_per_second=4, transient=True)
+        self.run: RunConfig | None = None
         self.max_iters = self.log_interval = 1
         self.seconds: float | None = None
         self.steps = 0
+        self.told = 0.0
+        self.waiting: threading.Timer | None = None
 
     def __enter__(self) -> "Progress":
         if self.console.is_terminal:
@@ -36,6 +47,7 @@ class Progress:
         return self
 
     def __exit__(self, *_error: object) -> None:
+        self._no_longer_waiting()
         self.live.stop()
 
     def __call__(self, event: Event) -> None:
@@ -43,13 +55,30 @@ class Progress:
             self._stepped(event)
             return
         if isinstance(event, Started):
-            self.max_iters, self.log_interval = event.run.max_iters, event.run.log_interval
-        for line in lines(event):
+            self.run, self.max_iters, self.log_interval = event.run, event.run.max_iters, event.run.log_interval
+            self.told = time.monotonic()
+            self._wait(event.step + 1)
+        for line in lines(event, self.run):
             self.console.print(Text(line))
         if isinstance(event, Finished):
+            self._no_longer_waiting()
             self.live.stop()
 
+    def _wait(self, step: int) -> None:
+        """Says after a while that the first step is under way: on a CPU it may take minutes."""
+        if step <= self.max_iters:
+            text = f"step {step}/{self.max_iters} is under way for {clock(PATIENCE)}; how long one takes is told then"
+            self.waiting = threading.Timer(PATIENCE, lambda: self.console.print(Text(text)))
+            self.waiting.daemon = True
+            self.waiting.start()
+
+    def _no_longer_waiting(self) -> None:
+        if self.waiting is not None:
+            self.waiting.cancel()
+            self.waiting = None
+
     def _stepped(self, record: Stepped) -> None:
+        self._no_longer_waiting()
         self.steps += 1
         # The first step of a process compiles, allocates and warms up: it says nothing of the others.
         if self.steps <= 2 or self.seconds is None:
@@ -57,11 +86,17 @@ class Progress:
         else:
             self.seconds += SMOOTHING * (record.seconds - self.seconds)
         line = step_line(record, self.max_iters, self.seconds * (self.max_iters - record.step))
+        left, now = self.max_iters - record.step, time.monotonic()
+        if self.steps == 1 and record.seconds >= SLOW and left:
+            rest = f"{left:,} more like it take {clock(left * record.seconds)}"
+            self.console.print(Text(f"the first step took {clock(record.seconds)}; {rest}"))
         if self.live.is_started:
             self.live.update(Text(line))
-            if record.val_loss is not None:
-                self.console.print(Text(line))
-        elif record.step % self.log_interval == 0 or record.val_loss is not None or record.step == self.max_iters:
+        due = record.val_loss is not None
+        if not self.live.is_started:
+            due = due or record.step % self.log_interval == 0 or not left or now - self.told >= SILENCE
+        if due:
+            self.told = now
             self.console.print(Text(line))
 
 
@@ -122,8 +157,8 @@ def step_line(record: Stepped, max_iters: int, remaining_seconds: float) -> str:
     return "  ".join(parts.values())
 
 
-def lines(event: Event) -> list[str]:
-    """What an event other than a step is in words."""
+def lines(event: Event, run: RunConfig | None = None) -> list[str]:
+    """What an event other than a step is in words; `run` is the one that it happened to."""
     if isinstance(event, Started):
         run = event.run
         first = f"from step {event.step}, " if event.step else ""
@@ -142,21 +177,27 @@ def lines(event: Event) -> list[str]:
     if isinstance(event, Finished):
         how = f"stopped by {event.stopped_by}" if event.stopped_by else "done"
         loss = f", loss {event.loss:.4f}" if math.isfinite(event.loss) else ""
-        return [f"{how} at step {event.step} after {clock(event.seconds)}{loss}", *next_lines(event)]
+        return [f"{how} at step {event.step} after {clock(event.seconds)}{loss}", *next_lines(event, run)]
     return []
 
 
-def next_lines(event: Finished) -> list[str]:
+def next_lines(event: Finished, run: RunConfig | None) -> list[str]:
     """What to type next: to go on where a signal ended the run, else to use what it learned."""
     if event.checkpoint is None:
         return []
     out = shlex.quote(str(event.checkpoint.parent))
     if event.stopped_by.startswith("SIG"):
         return [f"go on with it: gptfit train --resume --out {out}"]
-    return [
-        f"text from it: gptfit sample --out {out}",
-        f"for transformers, or nanoGPT with --format nanogpt: gptfit export --out {out}",
-    ]
+    return [f"text from it: gptfit sample --out {out}", *export_lines(run, out)]
+
+
+def export_lines(run: RunConfig | None, out: str) -> list[str]:
+    """How to export the run; nothing where no other program has a form for its model. What has one in nanoGPT has one
+    in transformers."""
+    if run is None or refusal(run, "hf") is not None:
+        return []
+    other = ", or nanoGPT with --format nanogpt" if refusal(run, "nanogpt") is None else ""
+    return [f"for transformers{other}: gptfit export --out {out}"]
 
 
 def measured_lines(event: Measured) -> list[str]:

@@ -165,6 +165,11 @@ def _find_checkpoint(out: Path, run: RunConfig, resume: bool, ranks: Ranks) -> F
         was, now = getattr(found.checkpoint.run, key), getattr(run, key)
         if was != now:
             raise GptfitError(f"{key}={now}, but the checkpoint in {out} has {key}={was}", f"resume with {key}={was}")
+    if run.max_iters < found.checkpoint.step:
+        raise GptfitError(
+            f"max_iters={run.max_iters}, but the run in {out} is at step {found.checkpoint.step} already",
+            f"resume with max_iters above {found.checkpoint.step}, or train anew in another --out",
+        )
     return found
 
 

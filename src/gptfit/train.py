@@ -86,7 +86,7 @@ def _run(
     watch = Watch(run, session.data, session.model, out, emit, ranks.first, session.averaged)
     pressure, profiler = Pressure(), Profile(profile, out, session.device, emit)
     create_surviving(session)
-    with stop_on_signal() as asked:
+    with stop_on_signal(lambda text: emit(Note(text))) as asked:
         stopped, _ = _agreed(ranks, asked)
         while session.step < run.max_iters and not stopped:
             profiler.before_step()

@@ -62,6 +62,9 @@ def train(
     On several GPUs: torchrun --standalone --nproc_per_node=2 -m gptfit train CONFIG n_gpus=2 strategy=ddp
     """
     asked = asked_for(context, [*(words or []), *([f"on_nan={on_nan}"] if on_nan else [])])
+    from gptfit.signals import ignore_save
+
+    ignore_save()
     if printed:
         from gptfit.cluster import start_script
         from gptfit.door import read_config

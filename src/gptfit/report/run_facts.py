@@ -79,7 +79,8 @@ class RunFacts:
     def state(self) -> tuple[str, str]:
         """How it ended: finished, stopped, failed or unknown; and that in words."""
         end = next((e for e in reversed(self.events) if e["event"] in ("started", "finished", "failed")), {})
-        of = f" of {self.max_iters:,}" if self.max_iters else ""
+        known = self.max_iters if self.step <= (self.max_iters or 0) else None  # run.yaml may have been changed since
+        of = f" of {known:,}" if known else ""
         if end.get("event") == "failed":
             return "failed", f"failed after step {self.step:,}{of}"
         by = str(end.get("stopped_by") or "")[:60]
@@ -88,7 +89,7 @@ class RunFacts:
         if end.get("event") == "finished" and by:
             return "stopped", f"stopped by {by} after step {self.step:,}{of}"
         if end.get("event") == "finished" or (self.max_iters is not None and self.step >= self.max_iters):
-            return "finished", f"finished: {self.step:,}{of} step{'' if (self.max_iters or self.step) == 1 else 's'}"
+            return "finished", f"finished: {self.step:,}{of} step{'' if (known or self.step) == 1 else 's'}"
         if not self.series.steps:
             return "unknown", "no step was done"
         return "unknown", f"no last word after step {self.step:,}{of}: killed, or still going"
