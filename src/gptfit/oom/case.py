@@ -10,7 +10,7 @@ from gptfit.estimate import under_program
 from gptfit.levers import CLEAR
 from gptfit.memory.overhead import CUBLAS_HANDLES, CUBLAS_WORKSPACE_BYTES
 from gptfit.memory.reserve import replay_run, replay_tape, with_workspaces
-from gptfit.memory.step import Pieces, first_steps, pieces, steady_step
+from gptfit.memory.step import Pieces, first_steps, pieces, start_items, steady_step
 from gptfit.memory.tape import Event, Item, Loop, Tape
 from gptfit.memory.whole_run import evaluation_bytes
 
@@ -28,19 +28,21 @@ WORKSPACES_BYTES = CUBLAS_HANDLES * CUBLAS_WORKSPACE_BYTES
 
 @dataclass(frozen=True)
 class Case:
-    """`without` are buffers that changed code no longer makes, `extra_bytes` what it makes instead."""
+    """`without` are buffers that changed code no longer makes, `extra_bytes` what it makes instead. `first` says that
+    it failed before its first step was over: what it needed then is less than what a later step needs."""
 
     run: RunConfig
     program: str
     without: frozenset[str] = frozenset()
     extra_bytes: int = 0
+    first: bool = False
 
     def changed(self, program: str = "", **changes: object) -> "Case | None":
         """The case with keys changed; None where its program has no such thing."""
         try:
             program = program or self.program
             run = under_program(derive(self.run, **changes), program)
-            return Case(run, program, self.without, self.extra_bytes)
+            return replace(self, run=run, program=program)
         except GptfitError:
             return None
 
@@ -58,8 +60,15 @@ class Case:
     @cached_property
     def phases(self) -> Mapping[str, int]:
         """Peaks of live bytes by stretch of the steady step."""
-        peaks = steady_step(self.run, self.pieces()).phases()
-        return {name: n_bytes + self.extra_bytes for name, n_bytes in peaks.items()}
+        return self._peaks(steady_step(self.run, self.pieces()))
+
+    @cached_property
+    def first_phases(self) -> Mapping[str, int]:
+        """The same of the first evaluation and step."""
+        return self._peaks(Tape(start_items(self.run, self.pieces(whole=True), 2)))
+
+    def _peaks(self, tape: Tape) -> Mapping[str, int]:
+        return {name: n_bytes + self.extra_bytes for name, n_bytes in tape.phases().items()}
 
     @cached_property
     def evaluation_bytes(self) -> int:
@@ -89,9 +98,10 @@ class Case:
 
     def need(self, within: tuple[str, ...]) -> int:
         """Live bytes at the worst instant of those stretches; of the whole step where none is named."""
+        phases = self.first_phases if self.first else self.phases
         if within == ("evaluation",):
-            return self.evaluation_bytes
-        return max(self.phases[name] for name in (within or self.phases) if name in self.phases)
+            return phases.get("evaluation", self.evaluation_bytes)
+        return max(phases[name] for name in (within or phases) if name in phases)
 
     def least_bytes(self, within: tuple[str, ...]) -> int:
         """What tensors and workspaces take at the worst instant of a step, and of an evaluation if that failed."""
@@ -107,6 +117,9 @@ class Case:
         least = self.least_bytes(within)
         if least > room or least * (1 + CLEAR) <= room:
             return least <= room
+        # With expandable segments a shorter run may need more than a longer one; and it has no evaluation.
+        if self.run.expandable_segments or within == WITHIN["eval"]:
+            return self.reserved_bytes <= room
         if self.soon_reserved_bytes > room:
             return False
         return self.soon_reserved_bytes * (1 + LATER) <= room or self.reserved_bytes <= room

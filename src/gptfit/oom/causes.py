@@ -1,10 +1,10 @@
 """Why there was no room, in one clause, and the two sentences that say what could not be allocated."""
 
 from gptfit.oom import tensors
-from gptfit.oom.case import WORKSPACES_BYTES, Case
+from gptfit.oom.enough import Prospect, fragmented, lent_bytes, missing_bytes, unallocated_bytes
 from gptfit.oom.instant import Instant
 from gptfit.oom.read import OomFacts
-from gptfit.oom.remedies import unallocated_bytes
+from gptfit.oom.remedies import ALLOC_CONF, FRAGMENTATION
 from gptfit.units import format_bytes
 
 MiB = 1 << 20
@@ -23,8 +23,8 @@ ELSEWHERE = {
 }
 
 
-def cause_of(facts: OomFacts, case: Case | None, tensor: tensors.Tensor | None, instant: Instant | None) -> str:
-    """One clause that says why there was no room. `case` is the run, where it is known."""
+def cause_of(facts: OomFacts, prospect: Prospect, tensor: tensors.Tensor | None, instant: Instant | None) -> str:
+    """One clause that says why there was no room. `prospect` has the run, where it is known."""
     if facts.kind in ELSEWHERE:
         return ELSEWHERE[facts.kind] + (
             f": {facts.explanation}" if facts.kind == "not_oom" and facts.explanation else ""
@@ -35,23 +35,30 @@ def cause_of(facts: OomFacts, case: Case | None, tensor: tensors.Tensor | None, 
     allowed = getattr(facts, "allowed_bytes", None)
     if allowed is not None and total is not None and allowed < total:
         return f"a limit of {format_bytes(allowed)} is set for this process, below what the card has"
-    others = facts.other_processes_bytes or 0
-    free = facts.free_bytes or 0
-    if tried is not None and others >= 256 * MiB and free + others >= tried:
-        return f"other processes hold {format_bytes(others)} of the card; without them this would have fitted"
-    unallocated = unallocated_bytes(facts)
-    if tried is not None and unallocated is not None and unallocated >= tried:
+    if lent := lent_bytes(facts):
         return (
-            f"fragmentation: {format_bytes(unallocated)} are reserved and unused, but in pieces smaller than the "
-            f"{format_bytes(tried)} asked for"
+            f"{format_bytes(facts.allocated_bytes or 0)} are allocated, more than the card has: the driver lent "
+            f"{format_bytes(lent)} or more of the computer's memory (sysmem fallback, on Windows), until that ended, "
+            "too; the run had outgrown the card long before"
         )
-    peak_bytes = case.need(()) + WORKSPACES_BYTES if case is not None else None
+    others, missing = facts.other_processes_bytes or 0, missing_bytes(facts)
+    if others >= 256 * MiB and missing is not None and others >= missing:
+        fits = prospect.enough(others, more=others)
+        told = "this would have fitted" if fits else "there would have been room for this tensor"
+        more = ", but not for the whole run" if fits is False else ""
+        return f"other processes hold {format_bytes(others)} of the card; without them {told}{more}"
+    case = prospect.case
+    if fragmented(facts) and facts.kind in ALLOC_CONF and not (case and case.run.expandable_segments):
+        unused = format_bytes(unallocated_bytes(facts) or 0)
+        pieces = f"but in pieces smaller than the {format_bytes(tried or 0)} asked for"
+        return f"{FRAGMENTATION}: {unused} are reserved and unused, {pieces}"
+    peak_bytes = case.least_bytes(()) if case is not None else None
     if peak_bytes is not None and facts.allocated_bytes is not None and facts.allocated_bytes > 1.2 * peak_bytes:
         return (
             f"{format_bytes(facts.allocated_bytes)} are allocated where a step of this run peaks at "
             f"{format_bytes(peak_bytes)}: something is kept from step to step"
         )
-    return _beside(instant) or _by_phase(facts.phase, tensor)
+    return _beside(instant) or _by_phase(facts, tensor)
 
 
 def _beside(instant: Instant | None) -> str:
@@ -68,8 +75,9 @@ def _beside(instant: Instant | None) -> str:
     return f"beside it are alive the {together}; with the rest there is no room for one more"
 
 
-def _by_phase(phase: str, tensor: tensors.Tensor | None) -> str:
-    name = tensor.name if tensor else ""
+def _by_phase(facts: OomFacts, tensor: tensors.Tensor | None) -> str:
+    phase, name = facts.phase, tensor.name if tensor else ""
+    first = facts.progress == "first"  # no optimizer state yet
     if phase == "optimizer":
         if name == "optimizer temporary":
             return "the optimizer's foreach implementation makes a list as large as the parameters in its step"
@@ -77,14 +85,16 @@ def _by_phase(phase: str, tensor: tensors.Tensor | None) -> str:
             "the first optimizer step creates the optimizer's state, two tensors as large as the parameters for AdamW"
         )
     if phase == "eval":
-        return "the evaluation makes the logits of a whole batch while parameters and optimizer state are there"
+        there = "parameters are" if first else "parameters and optimizer state are"
+        return f"the evaluation makes the logits of a whole batch while {there} there"
     if phase in ("model_load", "checkpoint"):
         return "the card was full before training began: something else holds it, or a checkpoint was loaded onto it"
     if name.startswith("logits") or name.startswith("cross entropy"):
         return "the logits, batch × block × vocabulary, and the copies that the loss makes of them, make the peak"
     if phase == "unknown" and not name:
         return "the run needs more than the card has"
-    return "activations kept for backward, parameters, gradients and optimizer state need more than the card has"
+    needs = "parameters and gradients" if first else "parameters, gradients and optimizer state"
+    return f"activations kept for backward, {needs} need more than the card has"
 
 
 IN_WORDS = {

@@ -9,6 +9,7 @@ from gptfit.config import derive
 from gptfit.levers import with_micro_batch
 from gptfit.memory.tape import Event, Loop
 from gptfit.oom.case import WITHIN, Case
+from gptfit.oom.enough import Prospect
 from gptfit.oom.instant import Instant
 from gptfit.oom.read import OomFacts
 from gptfit.oom.remedies import Remedy
@@ -120,22 +121,28 @@ class Failure:
     trainer: Trainer
     within: tuple[str, ...]
     instant: Instant | None
-    room: int | None
+    prospect: Prospect
 
-    def remedy(self, words: Sequence[Word], after: Case, enough: bool | None = None, **sizes: object) -> Remedy | None:
+    @property
+    def room(self) -> int | None:
+        return self.prospect.room
+
+    def remedy(self, words: Sequence[Word], after: Case, **sizes: object) -> Remedy | None:
         """A change that makes `after` of the case; None where it saves nothing there."""
-        case = self.case
-        if self.instant and (after.run, after.program, after.extra_bytes) == (case.run, case.program, case.extra_bytes):
-            saves = self.instant.bytes_of(after.without - case.without)
-        else:
-            saves = case.need(self.within) - after.need(self.within)
+        saves = self.saves(after)
         if saves < MiB:
             return None
-        if self.room is not None and enough is None:
-            enough = after.fits(self.room, self.within)
+        enough = None if self.room is None else self.prospect.enough(saves, after)
         texts = [spelled(word, **sizes) for word in words]
         change, why = " and ".join(change for change, _ in texts), "; ".join(why for _, why in texts)
         return Remedy(change, why, saves, enough)
+
+    def saves(self, after: Case) -> int:
+        """Bytes at that instant."""
+        case = self.case
+        if self.instant and (after.run, after.program, after.extra_bytes) == (case.run, case.program, case.extra_bytes):
+            return self.instant.bytes_of(after.without - case.without)
+        return case.need(self.within) - after.need(self.within)
 
 
 def run_remedies(failure: Failure) -> list[Remedy]:
@@ -147,19 +154,18 @@ def run_remedies(failure: Failure) -> list[Remedy]:
     if failure.within != WITHIN["optimizer"]:
         found += _micro_batch(failure, case, [])
     if failure.room is not None and not any(remedy.enough for remedy in found):
-        found += _pairs(failure, cases, failure.room)
+        found += _pairs(failure, cases)
     return sorted(found, key=lambda remedy: (remedy.enough is False, -(remedy.saves_bytes or 0)))
 
 
-def _pairs(failure: Failure, cases: Mapping[str, Case], room: int) -> list[Remedy]:
+def _pairs(failure: Failure, cases: Mapping[str, Case]) -> list[Remedy]:
     """Pairs of changes that are enough together, and one change with the largest micro-batch that then fits."""
     words = failure.trainer.words
     found: list[Remedy] = []
     for first, second in combinations(cases, 2):
         both = LEVERS[second](cases[first])
-        if both is not None and both.fits(room, failure.within):
-            remedy = failure.remedy([words[first], words[second]], both, True)
-            found += [remedy] if remedy else []
+        remedy = failure.remedy([words[first], words[second]], both) if both is not None else None
+        found += [remedy] if remedy is not None and remedy.enough else []
     for name, after in cases.items():
         found += _micro_batch(failure, after, [words[name]])
     return sorted(found, key=lambda remedy: -(remedy.saves_bytes or 0))[:MOST_PAIRS]
@@ -178,24 +184,33 @@ def _micro_batch(failure: Failure, case: Case, words: Sequence[Word]) -> list[Re
 
     def smaller(size: int) -> Case:
         other = derive(run, eval_batch_size=size) if evaluates else with_micro_batch(run, size)
-        return Case(other, case.program, case.without, case.extra_bytes * other.batch_size // run.batch_size)
+        return replace(case, run=other, extra_bytes=case.extra_bytes * other.batch_size // run.batch_size)
 
     why = "the largest micro-batch that fits here; the tokens of a step stay the same"
     if room is None:
         size = max(size for size in sizes if size <= max(1, batch_size // 2))
         why = "half the micro-batch; the tokens of a step stay the same"
     else:
-        most = _last(sizes, lambda size: smaller(size).may_fit(room, within))
+        lacking = failure.prospect.missing or 0
+
+        def may(size: int) -> bool:
+            return smaller(size).may_fit(room, within) and failure.saves(smaller(size)) >= lacking
+
+        def fits(size: int) -> bool:
+            return smaller(size).fits(room, within)
+
+        most = _last(sizes, may)
         near = max(0, most - NEAR)
-        size = next((size for size in reversed(sizes[near:most]) if smaller(size).fits(room, within)), 0)
-        size = size or [0, *sizes][_last(sizes[:near], lambda size: smaller(size).fits(room, within))]
+        size = (
+            next((size for size in reversed(sizes[near:most]) if fits(size)), 0)
+            or [0, *sizes][_last(sizes[:near], fits)]
+        )
         if size == 0:
             return []
     after = smaller(size)
     steps = after.run.gradient_accumulation_steps // (run.n_gpus if trainer.per_gpu else 1)
     word = trainer.words["eval"] if evaluates else (trainer.batch, why)
-    enough = None if room is None else True
-    remedy = failure.remedy([*words, word], after, enough, batch=size, steps=steps)
+    remedy = failure.remedy([*words, word], after, batch=size, steps=steps)
     return [] if remedy is None else [replace(remedy, micro_batch=0 if words or evaluates else size)]
 
 

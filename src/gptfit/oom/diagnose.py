@@ -11,12 +11,14 @@ from gptfit.oom import tensors
 from gptfit.oom.case import WITHIN, Case
 from gptfit.oom.causes import cause_of, summary_of
 from gptfit.oom.changes import Failure, run_remedies, worded_remedies
+from gptfit.oom.enough import Prospect, hidden_bytes, lent_bytes, missing_bytes, reserved_bytes
 from gptfit.oom.failed_run import BATCH, MODEL, FailedRun, failed_run
 from gptfit.oom.folk import folk_advice
 from gptfit.oom.instant import SLACK, Instant, find_instant
 from gptfit.oom.read import OomFacts, read_paste
 from gptfit.oom.remedies import KIND_REMEDIES, NotRemedy, Remedy, general_remedies
 from gptfit.oom.trainers import TRAINERS, Trainer, trainer_of
+from gptfit.units import format_bytes
 
 FIGURES = (
     "tried_bytes",
@@ -29,6 +31,8 @@ FIGURES = (
     "reserved_bytes",
     "reserved_unallocated_bytes",
 )
+LEAST_HIDDEN = 512 << 20  # more than contexts were seen to take: 120 to 504 MiB
+HIDDEN = "a CUDA context (0.1 to 0.5 GiB), and a desktop, a browser or another container"
 # Kinds whose failing request is a tensor of the step.
 # Of the computer's memory, or of a kernel's: what the card holds of the run has no part in it.
 OFF_THE_CARD = frozenset(("not_oom", "host_ram", "host_killed", "shm", "triton_shared_memory"))
@@ -105,7 +109,7 @@ def diagnose(facts: OomFacts, failed: FailedRun | None = None, program: str | No
     """Explains `facts`. `failed` is the failed run as far as it is known, `program` whose code ran it."""
     trainer = trainer_of(facts.program, program)
     warnings = list(facts.notes)
-    case = _case(failed, trainer, warnings) if facts.kind != "not_oom" else None
+    case = _case(failed, trainer, facts.progress == "first", warnings) if facts.kind != "not_oom" else None
     known = case is not None and failed is not None and failed.model_known
     tensor = _tensor(facts, case, known)
     if case is not None and not trainer.exact and (not known or facts.adapters):
@@ -114,7 +118,9 @@ def diagnose(facts: OomFacts, failed: FailedRun | None = None, program: str | No
         case, known = None, False
     instant = None
     if case is not None and known and facts.kind in OF_A_TENSOR:
-        instant = find_instant(case, facts.phase, tensor, facts.tried_bytes, facts.allocated_bytes, facts.total_bytes)
+        instant = find_instant(
+            case, facts.phase, tensor, facts.tried_bytes, facts.allocated_bytes, facts.total_bytes, facts.progress
+        )
         if instant is not None and instant.impossible:
             told = "what is saved is computed for these keys all the same" if trainer.exact else "no figure is computed"
             warnings.append(f"{instant.sentence()}; {told}")
@@ -123,13 +129,19 @@ def diagnose(facts: OomFacts, failed: FailedRun | None = None, program: str | No
                 tensor = replace(tensor, confidence="likely")
     if failed is not None and case is not None:
         warnings += failed.notes
-    cause = cause_of(facts, case if known else None, tensor, instant)
     within = instant.within if instant else WITHIN.get(facts.phase, ())
-    remedies = general_remedies(facts, case.checkpoint_bytes if case is not None and known else None)
+    room = _room(facts, trainer, instant) if case is not None and known else None
+    prospect = Prospect(case if known else None, room, missing_bytes(facts), within)
+    hidden = hidden_bytes(facts)
+    if facts.process_bytes is None and hidden >= LEAST_HIDDEN:
+        warnings.append(
+            f"{format_bytes(hidden)} of the card are neither free nor reserved nor of a process named: {HIDDEN}"
+        )
+    cause = cause_of(facts, prospect, tensor, instant)
+    remedies = general_remedies(facts, prospect)
     of_run = facts.kind not in OFF_THE_CARD and facts.phase not in ("model_load", "checkpoint", "data")
     if case is not None and of_run:
-        room = _room(facts, trainer, instant) if known else None
-        remedies += run_remedies(Failure(case, trainer, within, instant, room))
+        remedies += run_remedies(Failure(case, trainer, within, instant, prospect))
     elif of_run and facts.kind not in KIND_REMEDIES:
         logits = tensor is not None and tensor.name.startswith(("logits", "cross entropy"))
         remedies += worded_remedies(facts, trainer, logits)
@@ -143,7 +155,7 @@ def diagnose(facts: OomFacts, failed: FailedRun | None = None, program: str | No
         tensor=tensor,
         cause=cause,
         summary=summary_of(facts, tensor, cause),
-        remedies=tuple(sorted(remedies, key=lambda remedy: (remedy.enough is False, -(remedy.saves_bytes or 0)))),
+        remedies=tuple(sorted(remedies, key=lambda remedy: _rank(remedy, cause))),
         not_remedies=tuple(folk_advice(facts.kind, case, within, remedies)) if facts.kind != "not_oom" else (),
         warnings=tuple(warnings),
         program=trainer.twin,
@@ -154,12 +166,18 @@ def diagnose(facts: OomFacts, failed: FailedRun | None = None, program: str | No
     )
 
 
-def _case(failed: FailedRun | None, trainer: Trainer, warnings: list[str]) -> Case | None:
+def _rank(remedy: Remedy, cause: str) -> tuple[bool, bool, int]:
+    """The cure of the cause first, then what saves most, what is not enough last."""
+    cures = bool(remedy.cures) and cause.startswith(remedy.cures)
+    return not cures, remedy.enough is False, -(remedy.saves_bytes or 0)
+
+
+def _case(failed: FailedRun | None, trainer: Trainer, first: bool, warnings: list[str]) -> Case | None:
     """None, and a warning, where the program has no such run."""
     if failed is None:
         return None
     try:
-        case = Case(under_program(failed.run, trainer.twin), trainer.twin)
+        case = Case(under_program(failed.run, trainer.twin), trainer.twin, first=first)
         case.need(())
         return case
     except GptfitError as error:
@@ -184,9 +202,7 @@ def _room(facts: OomFacts, trainer: Trainer, instant: Instant | None) -> int | N
     what is held beside the run. None where the text does not say, or where the tape is not that of the run."""
     if not trainer.exact and (instant is None or instant.adds_up is False):
         return None
-    reserved = facts.reserved_bytes
-    if reserved is None and facts.allocated_bytes is not None:
-        reserved = facts.allocated_bytes + (facts.reserved_unallocated_bytes or 0)
+    reserved = None if lent_bytes(facts) else reserved_bytes(facts)
     room = None
     if facts.allowed_bytes is not None:
         room = facts.allowed_bytes

@@ -1,18 +1,19 @@
 """The run that failed: as it was given, or as the text tells it, its trainer's defaults, and GPT-2 for the rest."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from gptfit.config import ModelConfig, RunConfig, make_run
+from gptfit.config import ModelConfig, RunConfig, derive, make_run
 from gptfit.errors import GptfitError
-from gptfit.oom.read import OomFacts
+from gptfit.oom.read import OomFacts, shape_keys
 from gptfit.oom.sizes import inferred
 from gptfit.oom.trainers import trainer_of
 
 if TYPE_CHECKING:
     from gptfit.door import ConfigSource
 
+SIZES = ("batch_size", "block_size", "vocab_size")  # what the shape of the logits tells
 MODEL = frozenset(("n_layer", "n_embd"))
 BATCH = frozenset(("batch_size", "block_size"))
 TOLD = MODEL | BATCH | {"vocab_size", "n_head"}
@@ -50,9 +51,26 @@ def failed_run(facts: OomFacts, config: str | None = None, overrides: Sequence[s
     Raises GptfitError for a config or an override that cannot be read; what the text tells is only used if it fits.
     """
     if config is not None:
-        return FailedRun(_read(config, overrides).run, frozenset(), True)
-    trainer = trainer_of(facts.program)
+        return corrected(facts, FailedRun(_read(config, overrides).run, frozenset(), True))
     typed = _read(None, overrides) if overrides else None
+    found = _told_run(facts, typed, overrides)
+    return corrected(facts, found, typed.user_keys) if found and typed else found
+
+
+def corrected(facts: OomFacts, failed: FailedRun, keys: Collection[str] | None = None) -> FailedRun:
+    """The run with the sizes of a tensor that the text prints, where what the user said (`keys`, or all) is another.
+    Raises GptfitError where these make no run."""
+    said = {key: getattr(failed.run, key) for key in SIZES if keys is None or key in keys}
+    printed = shape_keys(facts.shapes)
+    wrong = {key: printed[key] for key, value in said.items() if key in printed and printed[key] != value}
+    if not wrong:
+        return failed
+    notes = [f"the text says {key} {size}, you said {said[key]}: {size} is used" for key, size in wrong.items()]
+    return replace(failed, run=derive(failed.run, **wrong), notes=(*notes, *failed.notes))
+
+
+def _told_run(facts: OomFacts, typed: "ConfigSource | None", overrides: Sequence[str]) -> FailedRun | None:
+    trainer = trainer_of(facts.program)
     typed_keys = typed.user_keys if typed else frozenset()
     recognised = {key: value for key, value in facts.config.items() if key not in typed_keys}
     huge = [key for key, value in recognised.items() if isinstance(value, int) and value > MOST.get(key, value)]

@@ -128,9 +128,24 @@ def shapes_in(lines: Sequence[str]) -> tuple[ShapeHint, ...]:
 
 
 def program_of(lines: Sequence[str]) -> str:
-    """Whose training code it was: gptfit, nanogpt, huggingface, nanochat, litgpt, lightning, trl, torchtune or unknown."""
+    """Whose training code it was: a name in PROGRAMS, or unknown."""
     text = "\n".join(line[:600] for line in lines[:4000])
     return next((name for name, pattern in PROGRAMS if pattern.search(text)), "unknown")
+
+
+_ITERATED = lazy(r"\biter \d{1,9}: loss|\bstep [1-9]\d{0,8}: train loss|Resuming training")
+_EVALUATED = lazy(r"\bstep 0: train loss")
+_BEGUN = lazy(r"tokens per iteration will be|number of parameters:")
+
+
+def progress_of(lines: Sequence[str], phase: str) -> str:
+    """How far nanoGPT's log got, which prints an evaluation, then `iter 0` after the first step: "first" before that
+    step was over, "later" after it, or "" where the log does not tell."""
+    if any(_ITERATED.search(line[:200]) for line in lines):
+        return "later"
+    evaluated = any(_EVALUATED.search(line[:200]) for line in lines)
+    begun = phase == "eval" and any(_BEGUN.search(line[:200]) for line in lines)
+    return "first" if evaluated or begun else ""
 
 
 def torch_version(lines: Sequence[str], wording: str) -> str:

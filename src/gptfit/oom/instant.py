@@ -102,15 +102,18 @@ def find_instant(
     tried_bytes: int | None,
     allocated_bytes: int | None,
     total_bytes: int | None,
+    progress: str = "",
 ) -> Instant | None:
-    """The allocation on the tape of the first or of a steady step that has the size asked for; of several the one
-    where as much is alive as is printed, else where most is. None where the tape has none of that size."""
+    """The allocation on the tape of the first or of a steady step that has the size asked for, as far as `progress`
+    (see `OomFacts`) leaves a choice; of several the one where as much is alive as is printed, else where most is.
+    None where the tape has none of that size."""
     if tried_bytes is None or (phase not in WITHIN and phase != "unknown"):
         return None
     size = -(-tensor.n_bytes // 512) * 512 if tensor is not None and tensor.shape else None
     stretches = WITHIN.get(phase, ())
     best: tuple[int, list[tuple[Mark, Event]], int] | None = None
-    for items in (_first(case), _steady(case, phase)):
+    tapes = {"first": [_first], "later": [_steady]}.get(progress, [_first, _steady])
+    for items in (tape(case, phase) for tape in tapes):
         flat = list(_flat(items, [Mark("setup", "")]))
         for at, running in _candidates(flat, stretches, size, tried_bytes, tensor):
             alive_bytes = running + WORKSPACES_BYTES
@@ -125,16 +128,19 @@ def find_instant(
         live[event.buffer] += event.sign
     mark, event = flat[at]
     merged = ("loss", "loss backward") if mark.phase.startswith("loss") else (mark.phase,)
-    return Instant(event.buffer, merged, tuple(_rows(live)), live, allocated_bytes, total_bytes)
+    return Instant(event.buffer, merged, tuple(_rows(live, mark.phase)), live, allocated_bytes, total_bytes)
 
 
-def _first(case: Case) -> list[Item]:
-    """From an empty card to the end of the first step: no optimizer state, and none of the gradients at first."""
+def _first(case: Case, phase: str) -> list[Item]:
+    """From an empty card to the end of the first step: no optimizer state, where the trainer does not make it first,
+    and none of the gradients at first."""
     p = case.pieces(whole=True)
-    step = [Mark("optimizer", "step"), *p.states, *p.step]
+    before, within = (p.states, []) if case.run.creates_states_first else ([], p.states)
+    step = [Mark("optimizer", "step"), *within, *p.step]
     return [
         Mark("setup", "parameters"),
         *p.parameter_items,
+        *before,
         *p.batch,
         Mark("evaluation", "evaluation"),
         *p.evaluation,
@@ -207,13 +213,14 @@ def _named(name: str, buffer: Buffer) -> bool:
     return buffer.name in words if buffer.category == "logits" else any(word in buffer.name for word in words)
 
 
-def _rows(live: Counter[Buffer]) -> list[Alive]:
+def _rows(live: Counter[Buffer], phase: str) -> list[Alive]:
     """Tensors as wide as the vocabulary one by one, the others by kind, largest first; the workspaces with them."""
     sizes: Counter[str] = Counter()
+    groups = {**GROUPS, "activation": "activations"} if phase == "evaluation" else GROUPS  # nothing is kept there
     for buffer, count in live.items():
         if count:
             alone = WORDS.get(buffer.name, buffer.name) if buffer.category == "logits" else ""
-            sizes[alone or GROUPS.get(buffer.category, buffer.category)] += buffer.n_bytes * count
+            sizes[alone or groups.get(buffer.category, buffer.category)] += buffer.n_bytes * count
     sizes["cuBLAS workspaces"] = WORKSPACES_BYTES
     wide = {WORDS.get(buffer.name, buffer.name) for buffer in live if buffer.category == "logits"}
     return [Alive(name, n_bytes, name in wide) for name, n_bytes in sizes.most_common() if n_bytes > 0]

@@ -12,7 +12,16 @@ from gptfit.errors import GptfitError
 from gptfit.oom.clean import Line, clean_lines, printable
 from gptfit.oom.figures import Message, best_of, messages_in, repetitions
 from gptfit.oom.frames import Frame, is_header, read_frames
-from gptfit.oom.hints import ShapeHint, gpu_name, has_adapters, model_name, program_of, shapes_in, torch_version
+from gptfit.oom.hints import (
+    ShapeHint,
+    gpu_name,
+    has_adapters,
+    model_name,
+    program_of,
+    progress_of,
+    shapes_in,
+    torch_version,
+)
 from gptfit.oom.kinds import Kind, kind_of
 from gptfit.oom.phases import from_frames, phase_of, phase_of_text
 from gptfit.oom.runkeys import run_keys
@@ -49,7 +58,8 @@ class OomFacts:
     later), else which message it was. `explanation` says what it is instead, for `not_oom`. `reserved_bytes` is the
     total that torch before 2.1 prints, `cached_bytes` what torch before 1.4 calls so (reserved less allocated),
     `reserved_unallocated_bytes` the figure of torch 2.1 and later; `other_processes_bytes` the sum of its "Process N
-    has" sentences, 0 where its list names none. `config` has the run's keys as the text tells them, `config_places`
+    has" sentences, 0 where its list names none. `progress` is "first" before the first optimizer step was over, "later"
+    after it. `config` has the run's keys as the text tells them, `config_places`
     where: see `gptfit.oom.runkeys.PLACES`. `model` is the preset of a well-known model that the text names, `adapters`
     says that only a few added weights are trained. `frames` are those of the traceback that the message ends.
     """
@@ -70,6 +80,7 @@ class OomFacts:
     allowed_bytes: int | None = None
     cached_bytes: int | None = None
     phase: str = "unknown"
+    progress: str = ""
     frames: tuple[Frame, ...] = ()
     config: Mapping[str, object] = field(default_factory=lambda: MappingProxyType({}))
     config_places: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
@@ -121,12 +132,14 @@ def read_paste(text: str) -> OomFacts:
     for key, value in from_frames(frames).items():
         if places.get(key, "code") == "code":
             config[key], places[key] = value, "frames"
+    phase = _phase(kind, frames, texts)
     return OomFacts(
         kind=kind.kind,
         wording=wording,
         explanation=printable(kind.explanation),
         device_index=message.device_index if message is not None and figures else None,
-        phase=_phase(kind, frames, texts),
+        phase=phase,
+        progress=progress_of(texts, phase),
         frames=frames,
         config=MappingProxyType(config),
         config_places=MappingProxyType(places),
@@ -263,7 +276,14 @@ LEAST_VOCABULARY = 16_000
 def _with_shapes(
     values: Mapping[str, object], places: Mapping[str, str], shapes: Sequence[ShapeHint]
 ) -> tuple[dict[str, object], dict[str, str]]:
-    """The keys, with those that a compiled graph's own buffer of logits [B, T, V] tells, where nothing else does."""
+    """The keys, with those that shapes tell, where nothing else does."""
+    told = shape_keys(shapes)
+    new = {key: value for key, value in told.items() if key not in values or places[key] == "code"}
+    return {**values, **new}, {**places, **dict.fromkeys(new, "shapes")}
+
+
+def shape_keys(shapes: Sequence[ShapeHint]) -> dict[str, object]:
+    """What a compiled graph's own buffer of logits [B, T, V] tells of the run."""
     told: dict[str, object] = {}
     for hint in shapes:
         if hint.source == "empty_strided" and hint.shape[-1] >= LEAST_VOCABULARY:
@@ -274,5 +294,4 @@ def _with_shapes(
             told["compile"] = True
             if hint.dtype in ("bfloat16", "float16"):
                 told["dtype"] = hint.dtype
-    new = {key: value for key, value in told.items() if key not in values or places[key] == "code"}
-    return {**values, **new}, {**places, **dict.fromkeys(new, "shapes")}
+    return told
