@@ -88,7 +88,7 @@ class Again(Block):
         if self.run.attention == "math":
             p = names["attn.y probabilities"]
             copies = [names[f"attn.{part} copy"] for part in ("q scaled", "k", "v")]
-            attention = [*copies, p, "", names.get("attn.y probabilities in float32", p), *some("attn.y mask")]
+            attention = [*copies, p, names.get("attn.y probabilities in float32", p)]
         own = (
             {"q": names.get("attn.q normed", ""), "k": names.get("attn.k normed", "")} if self.low == "float32" else {}
         )

@@ -184,36 +184,36 @@ class Block(Listing):
         """Attention written out: what `scores_backward` reads, in its order."""
         run, c = self.run, self.run.n_embd
         parts, made_of = self.heads_again(qkv)
-        copies = []
-        for part, source in zip(
-            ("q scaled", "k", "v"), [*parts[:2], qkv] if len(parts) == 3 else [qkv] * 3, strict=True
-        ):
-            if part == "q scaled" or run.n_head > 1:
-                copies.append(self.rows(f"attn.{part} copy", c))
-                self.add([copies[-1]], [source])
-            else:
-                copies.append(source)
-        q, k, v = copies
+        sources = [*parts[:2], qkv] if len(parts) == 3 else [qkv] * 3
+        q = self.copied("q scaled", sources[0])
+        k = self.copied("k", sources[1]) if run.n_head > 1 else sources[1]
         scores = self.call(self.scores("scores"), q, k)
-        maxima, raised = self.statistic("attn.y maximum", run.n_head), self.scores("exponentials", "float32")
-        self.add([maxima, raised], [scores], parts=2, group=f"{self.at}softmax")
-        sums, p = self.statistic("attn.y sum", run.n_head), self.scores("probabilities")
-        reads = [raised]
-        if run.dropout:
-            reads.append(self.scores("noise", "float32"))
-            self.add([reads[-1]], [])
-        self.add([sums, p], reads, parts=2)
+        maxima, sums = self.statistic("attn.y maximum", run.n_head), self.statistic("attn.y sum", run.n_head)
+        self.add([maxima], [scores], group=f"{self.at}maximum")
+        self.add([sums], [scores, maxima], group=f"{self.at}sum")
+        raised = p = self.scores("probabilities in float32", "float32")
+        places = {raised: scores} if self.low == "float32" else {}
+        self.add([raised], [scores, maxima, sums], places=places, group=f"{self.at}softmax")
+        if self.low != "float32":
+            p = self.scores("probabilities")
+            self.add([p], [raised], group=f"{self.at}softmax")
+        v = self.copied("v", sources[2]) if run.n_head > 1 else sources[2]
         y = self.call(self.rows("attn.y", c), p, v)
         joined = y
         if run.n_head > 1:
             joined = self.rows("attn.y joined", c)
             self.add([joined], [y])
-        return [q, k, v, p, sums, *reads], made_of, joined
+        return [q, k, v, p, raised], made_of, joined
+
+    def copied(self, part: str, source: str) -> str:
+        copy = self.rows(f"attn.{part} copy", self.run.n_embd)
+        self.add([copy], [source])
+        return copy
 
     def scores_backward(self, dy: str, reads: list[str]) -> list[str]:
         """Gradients of q, k and v where attention is written out."""
         run, c = self.run, self.run.n_embd
-        q, k, v, p, sums, *raised = reads
+        q, k, v, p, raised = reads
         if run.n_head > 1:
             by_head = self.rows("attn.y gradient by head", c)
             self.add([by_head], [dy])
@@ -221,9 +221,9 @@ class Block(Listing):
         d_v = self.call(self.rows("attn.v gradient", c), p, dy)
         d_p = self.call(self.scores("probabilities gradient"), dy, v)
         row = self.statistic("attn.y row", run.n_head)
-        self.add([row], [*raised, sums, d_p])
+        self.add([row], [raised, d_p])
         d_s = self.scores("scores gradient")
-        self.add([d_s], [*raised, sums, d_p, row], places={d_s: d_p}, group=f"{self.at}softmax backward")
+        self.add([d_s], [raised, d_p, row], places={d_s: d_p}, group=f"{self.at}masked")
         d_k = self.call(self.rows("attn.k gradient", c), d_s, q)
         d_q = self.call(self.rows("attn.q gradient", c), d_s, k)
         return [d_q, d_k, d_v]
@@ -285,7 +285,7 @@ class Block(Listing):
             weights[module] = self.cast(module, f, c)
             made.append(self.call(self.rows(module, f), ln_2, weights[module]))
         h = self.rows("mlp.h", f)
-        self.add([h], made, group="" if top else f"{self.at}activation", parts=len(made))
+        self.add([h], made, group="" if top else f"{self.at}activation")
         return made, h, weights
 
     def mlp_backward(
@@ -303,7 +303,7 @@ class Block(Listing):
         places = {grads[0]: dh}
         if run.mlp == "swiglu":  # the gate's gradient lies where the gated part lay, which nothing else reads then
             places = {grads[1]: made[1]} if not group else {}
-        self.add(grads, [*made, dh], places=places, group=group, parts=2 * len(grads) - 1)
+        self.add(grads, [*made, dh], places=places, group=group, parts=len(grads))
         return [
             self.both_gradients(
                 module, f, c, ln_2, grad, weights.get(module, ""), self.rows(f"{module} input gradient", c)

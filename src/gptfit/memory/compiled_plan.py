@@ -48,41 +48,6 @@ class Step(NamedTuple):
     kernel: int
 
 
-# Kernels of alike rounds that read the same tables are fused unless more nodes than this lie between the first part of
-# one and the last of the other (scheduler.py, are_long_distant_nodes).
-MAX_DISTANCE = 64
-
-
-def fuse_near(kernels: Iterable[Kernel], kind: str, span: int) -> None:
-    """Fuses kernels of groups that end in `kind`, `span` nodes long each, two by two where they are near enough."""
-    kernels = list(kernels)
-    taken = [kernel.group for kernel in kernels]
-    position, first, start = 0, None, 0
-    for kernel in kernels:
-        if kernel.group.endswith(kind) and taken.count(kernel.group) == 1:
-            if first is not None and position + span - start <= MAX_DISTANCE:
-                kernel.group = first.group
-                first = None
-            else:
-                first, start = kernel, position
-        position += kernel.parts
-
-
-def fuse_with_next(kernels: Iterable[Kernel], kind: str, other: str) -> None:
-    """Fuses kernels of groups that end in `kind` with the next one of `other`, if that is fused with none yet."""
-    kernels = list(kernels)
-    taken = [kernel.group for kernel in kernels]
-    position, last, start = 0, None, 0
-    for kernel in kernels:
-        if kernel.group.endswith(kind):
-            last, start = kernel, position
-        elif kernel.group.endswith(other) and last is not None and taken.count(kernel.group) == 1:
-            near = position + kernel.parts - 1 - start <= MAX_DISTANCE
-            last.group = kernel.group if near else last.group
-            last = None
-        position += kernel.parts
-
-
 def fused(kernels: Iterable[Kernel]) -> list[Kernel]:
     """Kernels of one group made one, in the order in which they can run."""
     merged: dict[str, Kernel] = {}

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from gptfit.memory.autograd import Tensor
 from gptfit.memory.compiled_again import Again
 from gptfit.memory.compiled_forward import Stretch, base_name
+from gptfit.memory.compiled_fusion import fuse_near, fuse_softmaxes, fuse_with_next
 from gptfit.memory.compiled_order import reordered
 from gptfit.memory.compiled_plan import (
     FRESH,
@@ -20,8 +21,6 @@ from gptfit.memory.compiled_plan import (
     Plan,
     Slot,
     Step,
-    fuse_near,
-    fuse_with_next,
     fused,
 )  # fmt: skip
 from gptfit.memory.tape import Buffer, Event, make_buffer
@@ -95,8 +94,7 @@ class Rounds:
         ):  # turning gradients back is laid out as turning q and k is
             fuse_with_next(listing.kernels, "/turning", "/rotation")
         fuse_near(listing.kernels, "/rotation", 4)
-        fuse_near(listing.kernels, "/softmax", 1)
-        fuse_with_next(listing.kernels, "/softmax backward", "/softmax")
+        fuse_softmaxes(listing.kernels)
         order = fused(listing.kernels)
         hidden = dict(zip(self.ends_in(order), (made - kept for kept, made in self.unseen()), strict=True))
         saved_bytes, output_bytes = (sum(sizes) for sizes in zip(*self.unseen(), strict=True))
