@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gptfit.errors import GptfitError
 from gptfit.memory.tape import Buffer, Event, Item, Mark, rounded
+from gptfit.valueread import reader
 
 aten = torch.ops.aten
 
@@ -62,6 +63,7 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.logits = logits
         self.notes: list[Note] = []
+        self.readers: set[str] = set()  # code that read a value
         self.alive: dict[int, Allocation] = {}  # by the address of the storage
         self.phase = "setup"
         self.path: list[str] = []
@@ -157,15 +159,14 @@ class Recorder(TorchDispatchMode):
         self.targets = self.key(inputs[-1]) if len(inputs) > 1 else None
 
     def scalar(self, tensor: Tensor) -> float | int:
-        """Stands for `.item()` where an optimizer reads its step counter on the host.
-
-        Raises GptfitError elsewhere: a branch or a shape would depend on it.
-        """
+        """Stands for `.item()` behind a backward, where an optimizer reads its step counter, or code what it prints.
+        Raises GptfitError before: a branch or a shape of the step would depend on it."""
         if self.phase != "optimizer":
             raise GptfitError(
                 f"cannot trace .item() or a branch on a tensor{self.here()}: a trace has no values",
                 "write the step so that shapes and branches do not depend on tensor values",
             )
+        self.readers.add(reader())
         return 1.0 if tensor.is_floating_point() else 1
 
     def here(self) -> str:

@@ -21,6 +21,7 @@ from gptfit.memory.tape import Buffer, Event, Item, Mark, Tape, make_buffer
 from gptfit.trace import trace_step
 from gptfit.traceloop import Loop
 from gptfit.units import format_bytes
+from gptfit.valueread import note_of
 
 # What a run is where neither the file nor the user says: nothing that the file does not do itself.
 DEFAULTS: dict[str, Any] = {
@@ -112,7 +113,7 @@ def trace_factory(
         saved_for_backward_bytes=traced.saved_for_backward_bytes,
         phases=tuple(traced.phases.items()),
         assumptions=assumptions(loop, context_bytes, profile, reserve_bytes),
-        notes=tuple(loop.notes),
+        notes=(*loop.notes, *map(note_of, sorted(filter(None, loop.recorder.readers)))),
     )
 
 
