@@ -1,11 +1,13 @@
 """What a stranger types that cannot be answered: one line each, at the command line and from Python."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 import gptfit
 from gptfit.allowed import ALLOWED_TEXT, LAST_RESORT, allowed
+from gptfit.answers import answer
 from gptfit.cli import main
 from gptfit.errors import GptfitError
 from gptfit.units import GiB, parse_size
@@ -127,3 +129,24 @@ def test_no_number_is_cut_on_a_narrow_terminal(
     cut = {word for word in narrow.split() if word[:1] in "+-0123456789" and word not in whole}
     assert not cut
     assert max(map(len, (line for line in narrow.splitlines() if not line.startswith("  gptfit ")))) <= width
+
+
+def test_the_page_of_the_server_says_it_too() -> None:
+    for fields in ({"reserve": "1.5"}, {"reserve": "100GiB"}):
+        status, page = answer("/fit", {"gpu": "rtx4070", **fields})
+        assert status == 400
+        assert "has no unit" in page or "others would hold more than rtx4070 has" in page
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("replay", "trace.json", "--capacity", "11.5"), ("data", "prepare", "-", "--out", "x", "--shard-size", "1.5")],
+)
+def test_every_size_is_read_alike(capsys: pytest.CaptureFixture[str], words: tuple[str, ...]) -> None:
+    code, _, err = typed(capsys, *words)
+    assert code == 2 and err.startswith(f'error: the size "{words[-1]}" has no unit\n')
+
+
+def test_what_comes_once_is_called_by_its_name(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    _, _, err = typed(capsys, "data", "prepare", "/dev/null", "--out", str(tmp_path / "out"))
+    assert err.startswith("/dev/null comes once") and "stdin" not in err.splitlines()[0]

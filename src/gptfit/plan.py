@@ -1,7 +1,7 @@
 """The best run that fits: levers, search over every micro-batch, ranking by predicted time.
 
 The search reads tapes in closed form; the finalists are replayed through the allocator. Keys that the
-user set are kept, unless nothing fits; the tokens of a step are kept in any case.
+user set are kept, unless nothing fits; the tokens of a step are kept as nearly as can be, and that is said.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence

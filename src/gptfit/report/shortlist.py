@@ -9,7 +9,7 @@ from gptfit.asked import Asked
 from gptfit.config import RunConfig
 from gptfit.plan import LAST_RESORT
 from gptfit.report.target import DAY, has_price, money, target_line
-from gptfit.report.terminal import QUIET, Narrowing, commands, headline, title
+from gptfit.report.terminal import QUIET, ByWidth, Narrowing, commands, headline, title
 from gptfit.shortlist import CardPlan, Shortlist
 from gptfit.units import counted, format_bytes, significant
 
@@ -100,7 +100,8 @@ def rows_view(fitting: Sequence[CardPlan], run: RunConfig, verbose: bool) -> Ite
     numbers = ("batch", "tokens/s", "from – to", "days", "cost")
     yield Narrowing(columns, rows, spare=("from – to", "batch", "changed"), right=numbers)
     yield from left_out(len(fitting) - len(shown))
-    yield Text("  batch is micro-batch × accumulation; where from – to overlap, it is a draw", style=QUIET)
+    legend = Text("  batch is micro-batch × accumulation; where from – to overlap, it is a draw", style=QUIET)
+    yield ByWidth(legend, Text("", end=""))  # where it is narrow, these columns give way
     if any(plan.changes_numerics for plan in shown):
         yield Text("  * changes the numbers of training, not only its memory", style=QUIET)
     if any(plan.estimate.certain is False for plan in shown):
