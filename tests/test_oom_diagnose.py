@@ -311,6 +311,54 @@ def test_what_to_type_next_is_a_command_of_this_log_as_it_stands() -> None:
     ]
 
 
+@pytest.mark.parametrize("batch_size", [8, 32])
+def test_a_size_that_contradicts_a_printed_shape_is_said_and_not_used(batch_size: int) -> None:
+    text = CLASSIC.replace("Overriding: batch_size = 16\n", "").replace("tokens per iteration will be: 524,288\n", "")
+    answer = explained(text, f"batch_size={batch_size}")
+    assert any(f"the text says batch_size 16, you said {batch_size}" in warning for warning in answer.warnings)
+    assert "from step to step" not in answer.cause
+    assert answer.instant is not None and answer.instant.adds_up
+    assert not any("you said" in warning for warning in explained(text, "batch_size=16").warnings)
+
+
+STEP_0 = "step 0: train loss 10.9351, val loss 10.9342\n"
+ITER_0 = "iter 0: loss 10.9361, time 9120.11ms, mfu -100.00%\n"
+
+
+def alive(text: str) -> set[str]:
+    instant = explained(text).instant
+    assert instant is not None, explained(text).warnings
+    return {row.name for row in instant.rows}
+
+
+def test_before_the_first_optimizer_step_there_is_no_optimizer_state() -> None:
+    """nanoGPT's train.py prints `step 0` after its first evaluation, and `iter 0` after its first step."""
+    header, traceback = CLASSIC[: CLASSIC.index("Traceback")], CLASSIC[CLASSIC.index("Traceback") :]
+    first = traceback.replace("8.24 GiB is", "7.67 GiB is")
+    assert "optimizer state" not in alive(header + STEP_0 + first)
+    assert "optimizer state" not in alive(header + STEP_0 + traceback), "whatever the figures would rather have"
+    assert "optimizer state" in alive(header + STEP_0 + ITER_0 + traceback)
+
+
+def test_an_evaluation_before_the_first_step_has_parameters_alone() -> None:
+    frames = """Traceback (most recent call last):
+  File "/home/me/nanoGPT/train.py", line 264, in <module>
+    losses = estimate_loss()
+  File "/home/me/nanoGPT/model.py", line 187, in forward
+    loss = F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1), ignore_index=-1)
+"""
+    text = (
+        frames
+        + "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.30 GiB. GPU 0 has a total capacity of "
+    )
+    begun = "tokens per iteration will be: 491,520\nnumber of parameters: 123.59M\n"
+    start = begun + text + "3.80 GiB of which 1.65 GiB is free."
+    assert not {"optimizer state", "gradients", "activations kept for backward"} & alive(start)
+    assert not any(remedy.change == "return None, loss" for remedy in explained(start).remedies)
+    later = begun + STEP_0 + ITER_0 + text + "6.80 GiB of which 1.65 GiB is free."
+    assert "optimizer state" in alive(later) and "activations kept for backward" not in alive(later)
+
+
 def test_that_no_process_is_named_does_not_say_that_there_is_none() -> None:
     """Beside the 2.04 GiB that the same answer says are neither free nor this process's."""
     lines = shown(explained(CLASSIC)).splitlines()

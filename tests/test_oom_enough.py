@@ -42,10 +42,10 @@ def message(
 def test_a_process_named_that_must_be_this_one_is_no_other(others: str) -> None:
     """9.80 + 0.48 + 10.55 + 0.40 GiB are more than the card's 11.58."""
     free = "1.01 GiB" if not others else "409.00 MiB"
-    facts = read_paste(message(processes=f"{others}Process 3412 has 10.55 GiB memory in use.", free=free))
+    answer = explained(message(processes=f"{others}Process 3412 has 10.55 GiB memory in use.", free=free))
+    facts = answer.facts
     assert facts.process_bytes == round(10.55 * GiB)
     assert facts.other_processes_bytes == (600 * MiB if others else 0)
-    answer = diagnose(facts, failed_run(facts))
     assert "other processes" not in answer.cause or others
     saves = [remedy.saves_bytes for remedy in answer.remedies if remedy.change.startswith("nvidia-smi")]
     assert saves == ([600 * MiB] if others else [])
@@ -53,16 +53,16 @@ def test_a_process_named_that_must_be_this_one_is_no_other(others: str) -> None:
 
 
 def test_a_process_beside_which_this_one_fits_is_another() -> None:
-    facts = read_paste(
+    facts = explained(
         message(
             processes="Process 7 has 6.00 GiB memory in use.", allocated="3.80 GiB", free="0.50 GiB", unused="90.00 MiB"
         )
-    )
+    ).facts
     assert (facts.other_processes_bytes, facts.process_bytes) == (6 * GiB, None)
 
 
 def test_processes_of_which_none_is_this_one_and_that_cannot_all_be_there_are_not_counted() -> None:
-    facts = read_paste(message(processes="Process 7 has 6.00 GiB memory in use."))
+    facts = explained(message(processes="Process 7 has 6.00 GiB memory in use.")).facts
     assert (facts.other_processes_bytes, facts.process_bytes) == (None, None)
 
 

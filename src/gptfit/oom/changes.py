@@ -149,7 +149,9 @@ def run_remedies(failure: Failure) -> list[Remedy]:
     """Changes to the run, what saves most at that instant first, those that are enough before those that are not;
     pairs of them where none is. Whether one is enough is None where the room is not known."""
     case, words = failure.case, failure.trainer.words
-    cases = {name: after for name in words if name in LEVERS and (after := LEVERS[name](case)) is not None}
+    useless = ("returned",) if failure.within == WITHIN["eval"] else ()  # its loss needs the logits
+    names = [name for name in words if name in LEVERS and name not in useless]
+    cases = {name: after for name in names if (after := LEVERS[name](case)) is not None}
     found = [remedy for name, after in cases.items() if (remedy := failure.remedy([words[name]], after)) is not None]
     if failure.within != WITHIN["optimizer"]:
         found += _micro_batch(failure, case, [])

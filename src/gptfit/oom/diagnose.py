@@ -11,6 +11,7 @@ from gptfit.oom import tensors
 from gptfit.oom.case import WITHIN, Case
 from gptfit.oom.causes import cause_of, summary_of
 from gptfit.oom.changes import Failure, run_remedies, worded_remedies
+from gptfit.oom.container import seen_from_outside
 from gptfit.oom.enough import Prospect, hidden_bytes, lent_bytes, missing_bytes, reserved_bytes
 from gptfit.oom.failed_run import BATCH, MODEL, FailedRun, failed_run
 from gptfit.oom.folk import folk_advice
@@ -61,6 +62,13 @@ class Diagnosis:
     missing: frozenset[str]
 
     @property
+    def heading(self) -> str:
+        """In whose words the remedies are, and when they save what they say: at another instant it may be less."""
+        when = "at that instant" if self.instant or self.facts.phase in WITHIN else "at the peak of a step"
+        saves = any(remedy.saves_bytes for remedy in self.remedies)
+        return "; ".join(part for part in (self.words, f"what it saves {when}" if saves else "") if part)
+
+    @property
     def words(self) -> str:
         """In whose words the remedies are; "" where they are not about a trainer's code."""
         if self.facts.kind not in OF_A_TENSOR:
@@ -107,6 +115,7 @@ def explain_text(text: str, run: RunConfig | None = None, program: str | None = 
 
 def diagnose(facts: OomFacts, failed: FailedRun | None = None, program: str | None = None) -> Diagnosis:
     """Explains `facts`. `failed` is the failed run as far as it is known, `program` whose code ran it."""
+    facts = seen_from_outside(facts)
     trainer = trainer_of(facts.program, program)
     warnings = list(facts.notes)
     case = _case(failed, trainer, facts.progress == "first", warnings) if facts.kind != "not_oom" else None

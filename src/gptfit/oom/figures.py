@@ -145,7 +145,9 @@ def read_figures(part: str, cut_before: bool) -> tuple[dict[str, int], tuple[str
     for name in _claimed_twice(spans):
         del figures[name]
     if sentences and _TOTAL.search(part) and "xpuoutof" not in part:  # torch asks for the list on CUDA alone
-        figures |= _processes(part, figures, notes)
+        others = _others(part, notes)
+        if others is not None:
+            figures["other_processes_bytes"] = others
     for name in [name for name, size in figures.items() if size >= UNKNOWN_BYTES]:
         del figures[name]
         notes.append("the driver does not tell what processes hold (Windows or WSL)" if "process" in name else "")
@@ -160,53 +162,26 @@ def _claimed_twice(spans: Mapping[str, tuple[int, int]]) -> set[str]:
     return {name for first, second in pairwise(names) if spans[second][0] < spans[first][1] for name in (first, second)}
 
 
-def _processes(part: str, figures: Mapping[str, int], notes: list[str]) -> dict[str, int]:
-    """What other processes hold: the sum of what "Process N has ..." says, 0 where a whole list names none, nothing
-    where it is not whole. In a container, whose process ids are not the driver's, this process is in that list."""
-    found = [(row.group("pid"), in_bytes(row.group("number"), row.group("unit"))) for row in _OTHER.finditer(part)]
-    if len(found) < len(_OTHER_BEGUN.findall(part)) or not _OTHERS_OVER.search(part):
-        return {}
-    if any(size >= UNKNOWN_BYTES for _, size in found):
+def _others(part: str, notes: list[str]) -> int | None:
+    """The sum of what "Process N has ..." says: 0 where a whole list names none, None where it is not whole."""
+    sizes = [size for _, size in processes_in(part)]
+    if len(sizes) < len(_OTHER_BEGUN.findall(part)) or not _OTHERS_OVER.search(part):
+        return None
+    if any(size >= UNKNOWN_BYTES for size in sizes):
         notes.append("the driver does not tell what other processes hold (Windows or WSL)")
-        return {}
-    others = sum(size for _, size in found)
-    if "thisprocesshas" in part or not found:
-        return {"other_processes_bytes": others}
-    if not _too_much(figures, others):
-        if len(found) == 1:
-            notes.append("the one process named may be this one, seen from inside a container")
-        return {"other_processes_bytes": others}
-    reserved = _reserved(figures)
-    own = min(
-        (row for row in found if 0 <= row[1] - reserved + PRINTED <= MOST_CONTEXT), key=lambda row: row[1], default=None
-    )
-    if own is None:
-        notes.append(
-            "the processes named and this one hold more than the card has: which of them is this one is not told"
-        )
-        return {}
-    why = "beside it what PyTorch holds would not fit the card"
-    notes.append(f"process {own[0]} is this one, seen from inside a container: {why}")
-    return {"other_processes_bytes": others - own[1], "process_bytes": own[1]}
+        return None
+    if len(sizes) == 1 and THIS_PROCESS not in part:
+        notes.append(MAYBE_THIS_ONE)
+    return sum(sizes)
 
 
-# Two figures printed to two decimals of a GiB; a context with its libraries, and NCCL's buffers, are smaller than this.
-PRINTED = round(0.01 * (1 << 30))
-MOST_CONTEXT = 3 << 30
+THIS_PROCESS = "thisprocesshas"
+MAYBE_THIS_ONE = "the one process named may be this one, seen from inside a container"
 
 
-def _reserved(figures: Mapping[str, int]) -> int:
-    """What PyTorch holds of the card, as far as it is printed."""
-    return figures.get("allocated_bytes", 0) + figures.get("reserved_unallocated_bytes", 0)
-
-
-def _too_much(figures: Mapping[str, int], others: int) -> bool:
-    """Whether what PyTorch holds, what is free, and all processes named are more than the card: this one is named.
-    Where PyTorch alone holds more than the card (Windows lends the computer's memory), that tells nothing."""
-    total, reserved = figures.get("total_bytes"), _reserved(figures)
-    if total is None or not PRINTED < reserved <= total:
-        return False
-    return reserved + others + figures.get("free_bytes", 0) > total + 2 * PRINTED
+def processes_in(part: str) -> list[tuple[str, int]]:
+    """The id of each process that the message names by it, and what it holds."""
+    return [(row.group("pid"), in_bytes(row.group("number"), row.group("unit"))) for row in _OTHER.finditer(part)]
 
 
 def in_bytes(number: str, unit: str) -> int:

@@ -105,8 +105,8 @@ def find_instant(
     progress: str = "",
 ) -> Instant | None:
     """The allocation on the tape of the first or of a steady step that has the size asked for, as far as `progress`
-    (see `OomFacts`) leaves a choice; of several the one where as much is alive as is printed, else where most is.
-    None where the tape has none of that size."""
+    (see `OomFacts`) leaves a choice; of several the one where as much is alive as is printed, else where most is of
+    what the card can hold. None where the tape has none of that size."""
     if tried_bytes is None or (phase not in WITHIN and phase != "unknown"):
         return None
     size = -(-tensor.n_bytes // 512) * 512 if tensor is not None and tensor.shape else None
@@ -117,7 +117,9 @@ def find_instant(
         flat = list(_flat(items, [Mark("setup", "")]))
         for at, running in _candidates(flat, stretches, size, tried_bytes, tensor):
             alive_bytes = running + WORKSPACES_BYTES
-            far = abs(alive_bytes - allocated_bytes) if allocated_bytes is not None else -alive_bytes
+            possible = total_bytes is None or alive_bytes <= total_bytes
+            most = -alive_bytes if possible else alive_bytes
+            far = abs(alive_bytes - allocated_bytes) if allocated_bytes is not None else most
             if best is None or far < best[0]:
                 best = (far, flat, at)
     if best is None:

@@ -10,7 +10,7 @@ from types import MappingProxyType
 
 from gptfit.errors import GptfitError
 from gptfit.oom.clean import Line, clean_lines, printable
-from gptfit.oom.figures import Message, best_of, messages_in, repetitions
+from gptfit.oom.figures import THIS_PROCESS, Message, best_of, messages_in, processes_in, repetitions
 from gptfit.oom.frames import Frame, is_header, read_frames
 from gptfit.oom.hints import (
     ShapeHint,
@@ -58,7 +58,8 @@ class OomFacts:
     later), else which message it was. `explanation` says what it is instead, for `not_oom`. `reserved_bytes` is the
     total that torch before 2.1 prints, `cached_bytes` what torch before 1.4 calls so (reserved less allocated),
     `reserved_unallocated_bytes` the figure of torch 2.1 and later; `other_processes_bytes` the sum of its "Process N
-    has" sentences, 0 where its list names none. `progress` is "first" before the first optimizer step was over, "later"
+    has" sentences, 0 where its list names none; `processes` has their ids and bytes, where no sentence is of this
+    process. `progress` is "first" before the first optimizer step was over, "later"
     after it. `config` has the run's keys as the text tells them, `config_places`
     where: see `gptfit.oom.runkeys.PLACES`. `model` is the preset of a well-known model that the text names, `adapters`
     says that only a few added weights are trained. `frames` are those of the traceback that the message ends.
@@ -73,6 +74,7 @@ class OomFacts:
     free_bytes: int | None = None
     process_bytes: int | None = None
     other_processes_bytes: int | None = None
+    processes: tuple[tuple[str, int], ...] = ()
     allocated_bytes: int | None = None
     reserved_bytes: int | None = None
     reserved_unallocated_bytes: int | None = None
@@ -133,12 +135,14 @@ def read_paste(text: str) -> OomFacts:
         if places.get(key, "code") == "code":
             config[key], places[key] = value, "frames"
     phase = _phase(kind, frames, texts)
+    named = message is not None and "other_processes_bytes" in figures and THIS_PROCESS not in message.text
     return OomFacts(
         kind=kind.kind,
         wording=wording,
         explanation=printable(kind.explanation),
         device_index=message.device_index if message is not None and figures else None,
         phase=phase,
+        processes=tuple(processes_in(message.text)) if message is not None and named else (),
         progress=progress_of(texts, phase),
         frames=frames,
         config=MappingProxyType(config),

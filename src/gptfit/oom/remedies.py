@@ -103,7 +103,9 @@ def _fragments(facts: OomFacts, prospect: Prospect) -> Iterator[Remedy]:
 def _expanded(facts: OomFacts, prospect: Prospect, more: int = 0) -> Remedy | None:
     """Expandable segments, beside `more` room; before torch 2.1 there are none. None where the run has them."""
     case, unallocated = prospect.case, unallocated_bytes(facts)
-    if not unallocated or lent_bytes(facts) or facts.kind not in ALLOC_CONF or (case is not None and case.run.expandable_segments):
+    if not unallocated or lent_bytes(facts) or facts.kind not in ALLOC_CONF:
+        return None
+    if case is not None and case.run.expandable_segments:
         return None
     old = facts.wording in ("torch<1.4", "torch1.x")
     name = "PYTORCH_ALLOC_CONF" if facts.wording == "torch2.9" else ALLOC_CONF[facts.kind]

@@ -110,7 +110,9 @@ def oom_page(answer: "Diagnosis") -> Html:
             )
             for one in answer.remedies
         ]
-        helps = table(("change", "memory", "then", "why"), rows, answer.words or "Best first", ("memory",), prose=True)
+        helps = table(
+            ("change", "memory", "then", "why"), rows, answer.heading or "Best first", ("memory",), prose=True
+        )
         parts.append(section("What helps", helps))
     if answer.not_remedies:
         rows = [(tag("code", one.change), one.why) for one in answer.not_remedies]

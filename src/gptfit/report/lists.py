@@ -140,7 +140,7 @@ def diagnosis_view(answer: "Diagnosis", asked: Asked = NOTHING, *options: str) -
         yield table(("", "MiB"), rows, right=("MiB",))
         yield hanging(answer.instant.sentence())
     if answer.remedies:
-        yield title("What helps" + (f" ({answer.words})" if answer.words else ""))
+        yield title("What helps" + (f" ({answer.heading})" if answer.heading else ""))
     for remedy in answer.remedies:
         saves = "" if remedy.saves_bytes is None else f"saves {format_bytes(remedy.saves_bytes)}"
         enough = {True: "enough", False: "not enough alone", None: ""}[remedy.enough]
