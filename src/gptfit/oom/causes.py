@@ -39,7 +39,7 @@ def cause_of(facts: OomFacts, prospect: Prospect, tensor: tensors.Tensor | None,
         return (
             f"{format_bytes(facts.allocated_bytes or 0)} are allocated, more than the card has: the driver lent "
             f"{format_bytes(lent)} or more of the computer's memory (sysmem fallback, on Windows), until that ended, "
-            "too; the run had outgrown the card long before"
+            f"too; the run is {format_bytes(missing_bytes(facts) or lent)} too large for the card"
         )
     others, missing = facts.other_processes_bytes or 0, missing_bytes(facts)
     if others >= 256 * MiB and missing is not None and others >= missing:

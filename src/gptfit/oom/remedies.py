@@ -68,7 +68,7 @@ def _lent(facts: OomFacts) -> Iterator[Remedy]:
             "NVIDIA Control Panel, Manage 3D settings: a run that does not fit ends at once then, instead of crawling "
             "over the PCIe bus first"
         )
-        yield Remedy("CUDA - Sysmem Fallback Policy: Prefer No Sysmem Fallback", why)
+        yield Remedy("CUDA - Sysmem Fallback Policy: Prefer No Sysmem Fallback", why, enough=False)
 
 
 def _others(facts: OomFacts, prospect: Prospect) -> Iterator[Remedy]:
