@@ -60,7 +60,7 @@ def plan_part(compiled: nn.Module, recorder: Recorder) -> None:
         )
         if key not in ready:
             ready[key] = InOrder(model, named)
-            plan_module(ready[key], recorder, donates=True)
+            plan_module(ready[key], recorder)
         ready[key].named = named
         tensors = ready[key].tensors
         ready[key].named = {name: None if isinstance(value, Tensor) else value for name, value in named.items()}

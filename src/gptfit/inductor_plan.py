@@ -30,13 +30,10 @@ Call = Callable[[list[Any]], Any]
 SETTINGS = {"cpp.simdlen": 1, "fx_graph_cache": False}
 
 
-def plan_module(
-    model: nn.Module, recorder: Recorder, method: str = "forward", budget: float = 1.0, donates: bool = False
-) -> None:
+def plan_module(model: nn.Module, recorder: Recorder, method: str = "forward", budget: float = 1.0) -> None:
     """Replaces `method` of `model` by what torch.compile would run for it, kernels left out. Training and evaluation
-    are lowered each at its first call, unrecorded. `budget` is torch's activation_memory_budget; `donates` whether a
-    backward may write over saved tensors that no one else has, as it does from torch 2.6 on. Estimates don't know of
-    that yet, so runs of this program are traced without."""
+    are lowered each at its first call, unrecorded. `budget` is torch's activation_memory_budget. From torch 2.6 on a
+    backward may write over saved tensors that no one else has, unless a user turned that off (donated_buffer)."""
     original = getattr(type(model), method)
     own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     if method == "hidden":  # Dynamo takes what the code reads, which a head of its own is not
@@ -50,11 +47,10 @@ def plan_module(
     def call(*inputs: Tensor) -> Any:
         key = torch.is_grad_enabled()
         if key not in ready:
-            allowed = functorch_config.donated_buffer  # a user may have turned it off
             with (
                 recorder.paused(),
                 warnings.catch_warnings(action="ignore"),
-                functorch_config.patch(activation_memory_budget=budget, donated_buffer=donates and allowed),
+                functorch_config.patch(activation_memory_budget=budget),
             ):  # they are about compiling, or torch's own
                 ready[key] = planned(functional, recorder)
                 lower_now(ready[key], list(own.values()), tuple(torch.empty_like(tensor) for tensor in inputs))

@@ -93,7 +93,7 @@ class Loop:
             )
         self.stack.enter_context(norms_in_parts())
         in_order = InOrder(model, batch)
-        plan_module(in_order, self.recorder, donates=True)
+        plan_module(in_order, self.recorder)
         self.call = lambda: in_order(*in_order.tensors)
 
     def call(self) -> Any:

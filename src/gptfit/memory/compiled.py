@@ -4,11 +4,16 @@ from gptfit.config import RunConfig
 from gptfit.memory.attention import tables
 from gptfit.memory.autograd import Tensor
 from gptfit.memory.compiled_backward import Compiled
+from gptfit.memory.compiled_forward import base_name
 from gptfit.memory.nanogpt import NanoGPT
 from gptfit.memory.ops import placeholder, use
 from gptfit.memory.ours import chunked_cross_entropy
 from gptfit.memory.programs import collect
-from gptfit.memory.tape import Buffer, make_buffer
+from gptfit.memory.tape import DTYPE_BYTES, Buffer, make_buffer
+
+# torch/_inductor/config.py: padding_alignment_bytes, and padding_stride_threshold in elements.
+ROW_ALIGNMENT_BYTES = 128
+PADDED_FROM = 1024
 
 
 class CompiledNanoGPT(Compiled):
@@ -84,7 +89,7 @@ class CompiledOurs(Compiled):
         w, run = self.w, self.run
         w.mark("loss", "loss backward")
         if run.loss == "full":
-            grads = [w.empty("logits gradient", "logits", self.shape(run.vocab_size), self.low)]
+            grads = self.logits_gradient()
             self.before_logits_go()
             self.drop_head("lm_head")
             self.head_backward(grads)
@@ -100,6 +105,14 @@ class CompiledOurs(Compiled):
         if run.tie_embeddings:
             w.deliver(self.weight_node, arrived[self.weight_node], arrived)
         self.accumulate(but="wte.weight" if run.tie_embeddings else "lm_head.weight")
+
+    def logits_gradient(self) -> list[Tensor]:
+        """Written over the logits, which nobody else has (torch/_functorch/config.py, donated_buffer), unless
+        inductor pads their rows to whole 128 bytes (torch/_inductor/config.py, padding_alignment_bytes)."""
+        vocab_size = self.run.vocab_size
+        if vocab_size > PADDED_FROM and vocab_size * DTYPE_BYTES[self.low] % ROW_ALIGNMENT_BYTES:
+            return [self.w.empty("logits gradient", "logits", self.shape(vocab_size), self.low)]
+        return [tensor for tensor in self.head_kept if base_name(tensor) == "lm_head"]
 
     def saved_bytes(self) -> int:
         if self.run.loss == "full":

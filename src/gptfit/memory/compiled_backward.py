@@ -110,8 +110,6 @@ class Compiled(CompiledForward):
             self.gradients("h.*.mlp.c_proj")
             if run.mlp == "swiglu":
                 own.append(w.empty("mlp gate gradient", "temporary", self.shape(run.n_hidden), self.low))
-                factor = w.empty("mlp silu", "temporary", self.shape(run.n_hidden), self.low)
-                del factor
             self.drop("mlp.c_fc", "mlp.c_gate", "ln_2", "mlp.c_fc.weight", "mlp.c_gate.weight")
             self.gradients(*reversed(self.mlp_inputs), "h.*.ln_2")
         self.drop("ln_2 normalised", "ln_2 input", "ln_2 mean", "ln_2 rstd", "attn mask", "attn.c_proj")
@@ -239,12 +237,14 @@ class Compiled(CompiledForward):
             name = "head gradient in low precision"
             head.append(w.empty(name, "temporary", (run.vocab_size, run.n_embd), self.low))
             w.multiplies()
+        else:
+            self.gradient("lm_head.weight")
         self.drop_head("ln_f")
         dx = w.empty("final norm gradient", "temporary", self.shape(run.n_embd), self.low)
         w.multiplies()
         self.drop_head("wte.weight", "lm_head.weight")
         grads.clear()
-        if not tied:
+        if not tied and self.copies:
             self.gradient("lm_head.weight")
             head.clear()
         self.blocks_backward(dx, tied_here=tied)
