@@ -186,7 +186,8 @@ def _message(paste: _Paste, kind: Kind) -> tuple[Message | None, Stream, list[st
         own = best_of(messages_in(parted.text))
         starts = {lines[everything.line_at(message.start)].rank for message in found if message.figures} - {""}
         if own is not None and (len(starts) > 1 or own.told >= best.told):
-            best, stream = own, parted
+            whole = best.text if len(starts) < 2 and own.told == best.told else own.text  # its end may be torn off
+            best, stream = replace(own, text=whole), parted
     return best, stream, _notes(best, others, kind)
 
 
