@@ -59,7 +59,8 @@ class Again(Block):
             self.add(noise, [])
             between = [x, p, *noise]
             extra = [self.rows("x between", c, self.stream)]
-        ln_2_reads, ln_2 = self.norm_again("ln_2", between, stored and not dropped, extra)
+        stored = (stored or (first and self.stores_between)) and not dropped
+        ln_2_reads, ln_2 = self.norm_again("ln_2", between, stored, extra)
         if dropped:
             ln_2_reads = [*extra, *self.names_of("ln_2")]
         made, h, copies = self.mlp_again(ln_2, top)
@@ -88,14 +89,14 @@ class Again(Block):
         if self.run.attention == "math":
             p = names["attn.y probabilities"]
             copies = [names[f"attn.{part} copy"] for part in ("q scaled", "k", "v")]
-            attention = [*copies, p, names.get("attn.y probabilities in float32", p)]
+            attention = [*copies, p, names.get("attn.y probabilities in float32", p), *some("attn.y mask")]
         own = (
             {"q": names.get("attn.q normed", ""), "k": names.get("attn.k normed", "")} if self.low == "float32" else {}
         )
         made_of = {
             part: (own.get(part) or "".join(qkv), names[f"attn.{part} rstd"]) for part in "qk" if self.run.qk_norm
         }
-        made = some("mlp.c_fc", "mlp.c_gate")[::-1]
+        made = some("mlp.c_fc", "mlp.c_gate")
         return Forward(
             self.at, [*below, *ln["ln_1"]], names["ln_1"], attention, made_of, joined, ln["ln_2"], names["ln_2"],
             made, names["mlp.h"], weights, some("attn mask"), "", [],
@@ -160,7 +161,7 @@ class Again(Block):
             )
             f = self.kept(kept[position], [])
             dx_2 = self.backward(f, dx, dx_low, top=False)
-            if position == 1:
+            if position == 1 and not any(name.startswith(("ln_1 normalised", "ln_1 input")) for name in kept[1]):
                 again, outputs = self.forward_to_the_end(places[0], x, first)
                 dx = self.backward_of_norm_of_sum(f, outputs, dx_2, again.group, first)
             else:
@@ -169,6 +170,7 @@ class Again(Block):
         if again is not None:
             dx_low = self.low_gradient(dx, "mlp gradient in low precision", [])
             return self.backward_of_norm(again, self.backward(again, dx, dx_low, top=True))
+        top = top and len(places) == 1
         dx_low = "" if top else self.low_gradient(dx, "mlp gradient in low precision", [])
         w_proj = self.cast("mlp.c_proj", c, run.n_hidden) if run.bias and not top else ""
         again = self.forward(x, top, first)
@@ -194,7 +196,11 @@ class Again(Block):
 
     def norm_backward(self, name: str, dx: str, above: str, reads: list[str]) -> None:
         sums = [self.statistic(f"{name} sum {i}") for i in range(2 if self.run.norm == "layernorm" else 1)]
-        self.add([*sums, dx], [*reads, above], places={dx: above}, parts=1 + len(sums))
+        inside = (
+            4 * self.run.batch_size * self.run.block_size * self.run.n_embd if len(sums) == 2 and self.low_stream else 0
+        )
+        places = {dx: (above, *reads)}
+        self.add([*sums, dx], [*reads, above], places=places, inside=inside, parts=1 + len(sums) + (inside > 0))
 
     def head(self, stream: list[str], above: str, group: str = "") -> str:
         """The final norm's backward; `stream` is what its input is the sum of."""
@@ -202,7 +208,7 @@ class Again(Block):
         sums = [self.statistic(f"ln_f sum {i}") for i in range(2 if run.norm == "layernorm" else 1)]
         dx = self.rows("x after gradient", c, self.stream)
         if run.norm == "layernorm" and len(stream) > 1:
-            normalised = self.rows("ln_f normalised", c, self.stream)
+            normalised = self.rows("ln_f normalised", c, "float32")
             self.add([normalised, *sums, dx], [*stream, above], parts=4)
             self.norm_parameter_gradients("ln_f", [normalised, above])
         else:

@@ -163,7 +163,9 @@ class CompiledForward(Program):
         def matrix(name: str, dtype: str) -> Tensor:
             return w.empty(f"h.*.attn.y {name}", "activation", shape, dtype)
 
-        if low == "float32":
+        if low == "float32" and run.dropout > 0 and w.training:  # what dropout makes of them, too
+            kept = [matrix("probabilities in float32", low), matrix("probabilities", low)]
+        elif low == "float32":
             kept = [matrix("probabilities", low)]
         elif first:
             rows = [self.rows(f"h.*.attn.y {part}", run.n_head) for part in ("maximum", "sum")]
@@ -274,6 +276,14 @@ class CompiledForward(Program):
             self.embedding_kept.clear()
         return final[-1:] if self.last_is_recomputed or not w.grad_enabled else final
 
+    @property
+    def second_is_kept(self) -> bool:
+        """Whether the second block's normalised input is kept though the first is run again: where a hundred nodes and
+        more lie before it (torch/_functorch/partitioners.py, ban_if_long_fusible_chains), as observed."""
+        run = self.run
+        long = run.qk_norm or run.position == "rope" or run.attention == "math"
+        return run.dropout > 0 and long and not self.low_stream
+
     def stretch_forward(self, stretch: Stretch, room: list[Tensor]) -> None:
         w, run = self.w, self.run
         for position in range(stretch.stride):
@@ -285,7 +295,7 @@ class CompiledForward(Program):
                     room.clear()
             else:
                 kept = self.block_forward(first=not self.checkpoints and stretch.start == 0 and stretch.n == 1)
-            if self.checkpoints and position == 1:
+            if self.checkpoints and position == 1 and not (stretch.start == 0 and self.second_is_kept):
                 del kept[0]  # the block before is run again, and with it this one's input is there
             stretch.kept.append(kept)
             del kept

@@ -15,6 +15,7 @@ MAX_DISTANCE = 64  # are_long_distant_nodes
 
 # What softmax is made of, by the ends of its groups' names; the last one is part of its backward.
 MAXIMUM, SUM, SOFTMAX, MASKED = "/maximum", "/sum", "/softmax", "/masked"
+ROWS = (MAXIMUM, SUM)
 
 
 def fuse_near(kernels: Iterable[Kernel], kind: str, span: int) -> None:
@@ -75,9 +76,14 @@ class Cluster:
         return bool(self.blocks(MAXIMUM) & other.blocks(SUM) or self.blocks(SUM) & other.blocks(MAXIMUM))
 
     def excludes(self, other: "Cluster") -> bool:
-        """A block's backward needs its softmax, and the backward of the blocks that ran before."""
-        mine, theirs = self.blocks(MASKED), other.blocks(MASKED)
-        return bool((mine and theirs) or mine & other.blocks(SOFTMAX) or theirs & self.blocks(SOFTMAX))
+        """A block's backward needs its softmax, and the backward of the blocks that ran before; a softmax its rows,
+        which are fused with it in the second round at most."""
+        if self.blocks(MASKED) and other.blocks(MASKED):
+            return True
+        return any(
+            one.blocks(MASKED) & two.blocks(*ROWS, SOFTMAX) or one.blocks(*ROWS) & two.blocks(SOFTMAX)
+            for one, two in ((self, other), (other, self))
+        )
 
     def join(self, other: "Cluster") -> None:
         self.readers += other.readers
@@ -104,16 +110,16 @@ def fuse_softmaxes(kernels: list[Kernel]) -> None:
     readers = readers_of_mask(kernels)
     clusters = [Cluster(reader) for reader in readers]
     of = list(clusters)
-    rows = (MAXIMUM, SUM)
-    pairs: list[tuple[bool, int, int, int]] = []
+    pairs: list[tuple[bool, bool, int, int, int]] = []
     for i, one in enumerate(readers):
         for j in range(i + 1, len(readers)):
             other = readers[j]
-            alike = (one.kind in rows) == (other.kind in rows)
+            kinds = (one.kind, other.kind)
             distance = other.first - one.first
-            if alike and one.block != other.block and distance <= MAX_DISTANCE:
-                pairs.append((MASKED in (one.kind, other.kind), distance, i, j))
-    for _, _, i, j in sorted(pairs):
+            if one.block != other.block and distance <= MAX_DISTANCE:
+                unlike = (one.kind in ROWS) != (other.kind in ROWS)  # a reduction and what is none
+                pairs.append((unlike, MASKED in kinds, distance, i, j))
+    for *_, i, j in sorted(pairs):
         one, other = of[i], of[j]
         near = one.distance(other) <= MAX_DISTANCE or one.feeds(other)
         if one is not other and near and not one.excludes(other):

@@ -102,6 +102,11 @@ class Block(Listing):
         return first and self.run.norm == "layernorm" and self.run.position == "learned" and not self.low_stream
 
     @property
+    def stores_between(self) -> bool:
+        """The same of the second norm alone, whose input is a sum with those."""
+        return self.run.norm == "layernorm" and self.run.position == "learned" and self.low_stream
+
+    @property
     def low_stream(self) -> bool:
         return self.run.param_dtype == self.run.dtype != "float32"
 
@@ -113,7 +118,7 @@ class Block(Listing):
         if not stored:
             self.add([*statistics, *extra, output], reads, parts=2 * len(statistics) + len(extra))
             return [*reads, *statistics], output
-        normalised = self.rows(f"{name} normalised", c, self.stream)
+        normalised = self.rows(f"{name} normalised", c, "float32")
         self.add([statistics[0]], reads)
         self.add([*statistics[1:], *extra, normalised], [*reads, statistics[0]], parts=3)
         self.add([output], [normalised])
@@ -192,9 +197,13 @@ class Block(Listing):
         self.add([maxima], [scores], group=f"{self.at}maximum")
         self.add([sums], [scores, maxima], group=f"{self.at}sum")
         raised = p = self.scores("probabilities in float32", "float32")
-        places = {raised: scores} if self.low == "float32" else {}
+        places = {raised: (scores,)} if self.low == "float32" else {}
         self.add([raised], [scores, maxima, sums], places=places, group=f"{self.at}softmax")
-        if self.low != "float32":
+        noise: list[str] = []
+        if run.dropout:
+            noise, p = [self.scores("noise", "float32")], self.scores("probabilities")
+            self.add([*noise, p], [raised], parts=2)
+        elif self.low != "float32":
             p = self.scores("probabilities")
             self.add([p], [raised], group=f"{self.at}softmax")
         v = self.copied("v", sources[2]) if run.n_head > 1 else sources[2]
@@ -203,7 +212,7 @@ class Block(Listing):
         if run.n_head > 1:
             joined = self.rows("attn.y joined", c)
             self.add([joined], [y])
-        return [q, k, v, p, raised], made_of, joined
+        return [q, k, v, p, raised, *noise], made_of, joined
 
     def copied(self, part: str, source: str) -> str:
         copy = self.rows(f"attn.{part} copy", self.run.n_embd)
@@ -213,7 +222,7 @@ class Block(Listing):
     def scores_backward(self, dy: str, reads: list[str]) -> list[str]:
         """Gradients of q, k and v where attention is written out."""
         run, c = self.run, self.run.n_embd
-        q, k, v, p, raised = reads
+        q, k, v, p, *raised = reads
         if run.n_head > 1:
             by_head = self.rows("attn.y gradient by head", c)
             self.add([by_head], [dy])
@@ -221,9 +230,9 @@ class Block(Listing):
         d_v = self.call(self.rows("attn.v gradient", c), p, dy)
         d_p = self.call(self.scores("probabilities gradient"), dy, v)
         row = self.statistic("attn.y row", run.n_head)
-        self.add([row], [raised, d_p])
+        self.add([row], [*raised, d_p])
         d_s = self.scores("scores gradient")
-        self.add([d_s], [raised, d_p, row], places={d_s: d_p}, group=f"{self.at}masked")
+        self.add([d_s], [*raised, d_p, row], places={d_s: (*raised[:1], d_p)}, group=f"{self.at}masked")
         d_k = self.call(self.rows("attn.k gradient", c), d_s, q)
         d_q = self.call(self.rows("attn.q gradient", c), d_s, k)
         return [d_q, d_k, d_v]
@@ -300,9 +309,9 @@ class Block(Listing):
         self.both_gradients("mlp.c_proj", c, f, h, dx, weight, dh)
         modules = ["mlp.c_fc", "mlp.c_gate"] if run.mlp == "swiglu" else ["mlp.c_fc"]
         grads = [self.rows(f"{module} gradient", f) for module in modules]
-        places = {grads[0]: dh}
+        places = {grads[0]: (*made, dh)}
         if run.mlp == "swiglu":  # the gate's gradient lies where the gated part lay, which nothing else reads then
-            places = {grads[1]: made[1]} if not group else {}
+            places = {grads[1]: (made[1],)} if not group else {}
         self.add(grads, [*made, dh], places=places, group=group, parts=len(grads))
         return [
             self.both_gradients(

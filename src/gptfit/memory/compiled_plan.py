@@ -34,7 +34,7 @@ class Kernel:
     writes: tuple[str, ...]
     reads: tuple[str, ...]
     extern: bool = False
-    places: Mapping[str, str] = field(default_factory=dict)
+    places: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     inside: int = 0
     group: str = ""
     parts: int = 1
@@ -105,6 +105,7 @@ class Plan:
         self.steps: list[Step | None] = []
         self.pool: dict[tuple[int, str], list[tuple[str, int, int]]] = {}
         self.storage: dict[str, str] = {}
+        self.overwritten: set[str] = set()
         self.pending: list[int] = []
         for index, kernel in enumerate(kernels):
             self.run(index, kernel)
@@ -151,10 +152,11 @@ class Plan:
             name, slot = slot.whole, self.slots[slot.whole]
         if name in self.storage:
             return
-        source = kernel.places.get(name, "")
-        if source and self.last[source] == index and self.slots[source].kind == TEMPORARY:
-            self.storage[name] = self.storage.pop(source)
-            return
+        for source in kernel.places.get(name, ()):
+            if self.last[source] == index and self.may_overwrite(source, slot):
+                self.storage[name] = self.storage.pop(source, source)
+                self.overwritten.add(source)
+                return
         self.storage[name] = name
         if slot.kind != FRESH and slot.n_bytes:
             free = self.reusable(slot, index)
@@ -166,6 +168,12 @@ class Plan:
                     return
                 self.steps.append(Step(-1, freed, index))
         self.steps.append(Step(1, name, index))
+
+    def may_overwrite(self, source: str, slot: Slot) -> bool:
+        """Also what forward kept, which nobody else has (torch/_functorch/config.py, donated_buffer)."""
+        there = self.slots[source]
+        fits = there.kind in (TEMPORARY, SAVED) and (there.n_bytes, there.dtype) == (slot.n_bytes, slot.dtype)
+        return fits and not there.whole and source not in self.overwritten
 
     def reusable(self, slot: Slot, index: int) -> tuple[str, int, int] | None:
         """The last buffer of this size that was let go of, if holding it until now raises no peak."""
@@ -188,7 +196,7 @@ class Plan:
                 slot = self.slots[name]
                 if slot.whole:
                     name, slot = slot.whole, self.slots[slot.whole]
-                if self.last[name] != index or slot.kind == OUTPUT:
+                if self.last[name] != index or slot.kind == OUTPUT or name in self.overwritten:
                     continue
                 if slot.kind in (SAVED, GIVEN):
                     self.steps.append(Step(-1, name, index))
