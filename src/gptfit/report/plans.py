@@ -115,11 +115,11 @@ def candidates_view(plan: Plan) -> Iterator[RenderableType]:
 
 
 def levers_view(levers: Sequence[LeverEffect], verbose: bool) -> Iterator[RenderableType]:
-    """What each single change would do to the run as given; those that do nothing to its memory share a line."""
+    """What each single change would do to the run as given; those that save nothing and change no tensor share one."""
     if not levers:
         return
     yield title("Single changes to the run as given, each estimated again; MiB of the process")
-    idle = [lever for lever in levers if delta_text(lever.process_delta_bytes) == "0" and not verbose]
+    idle = [lever for lever in levers if is_idle(lever) and not verbose]
     rows = [
         (
             lever_text(lever),
@@ -138,6 +138,12 @@ def levers_view(levers: Sequence[LeverEffect], verbose: bool) -> Iterator[Render
         yield Text("  * changes the numbers of training, not only its memory", style=QUIET)
     if verbose:
         yield from (hanging(f"{change_text(lever.change)}: {lever.why}") for lever in levers)
+
+
+def is_idle(lever: LeverEffect) -> bool:
+    """Whether it saves nothing, and costs at most fragmentation."""
+    process, live = (delta_text(n_bytes) for n_bytes in (lever.process_delta_bytes, lever.delta_bytes))
+    return process == "0" or (live == "0" and lever.process_delta_bytes > 0)
 
 
 def lever_text(lever: LeverEffect) -> str:

@@ -74,7 +74,8 @@ def predicted_speed(facts: RunFacts) -> tuple[float | None, float | None]:
 def figures(facts: RunFacts) -> Iterator[tuple[str, str]]:
     """Name and value, in the order of interest."""
     series = facts.series
-    yield "steps", f"{facts.step:,}" + (f" of {facts.max_iters:,}" if facts.max_iters and facts.step <= facts.max_iters else "")
+    of = facts.max_iters if facts.step <= (facts.max_iters or 0) else None
+    yield "steps", f"{facts.step:,}" + (f" of {of:,}" if of else "")
     if facts.tokens is not None:
         yield "tokens", f"{facts.tokens:,}" if facts.tokens < 10**9 else format_count(facts.tokens)
     for name, column in (("train loss, last step", "loss"), ("validation loss, last", "val_loss")):

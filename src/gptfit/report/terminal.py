@@ -4,6 +4,7 @@ A view yields what rich prints, 80 columns wide or fewer; `report.output.show` p
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from textwrap import wrap
 from typing import TYPE_CHECKING, NamedTuple
 
 from rich.cells import cell_len
@@ -104,12 +105,21 @@ def title(text: str) -> Text:
 
 
 def commands(lines: Iterable[str], heading: str = "Next") -> Iterator[RenderableType]:
-    """What to type, one a line and never wrapped, so that it can be copied."""
+    """What to type, one a line and never wrapped, so that it can be copied; comments are."""
     lines = tuple(lines)
     if lines:
         yield title(heading)
     for line in lines:
-        yield Text(f"  {line}", no_wrap=True, overflow="ignore")
+        yield Comment(line) if line.startswith("# ") else Text(f"  {line}", no_wrap=True, overflow="ignore")
+
+
+class Comment(NamedTuple):
+    """A line behind `#`; what does not fit goes on behind another."""
+
+    text: str
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield from (Text(f"  {line}") for line in wrap(self.text, options.max_width - 2, subsequent_indent="# "))
 
 
 def hanging(text: str) -> RenderableType:
