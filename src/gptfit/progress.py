@@ -67,7 +67,7 @@ class Progress:
     def _wait(self, step: int) -> None:
         """Says after a while that the first step is under way: on a CPU it may take minutes."""
         if step <= self.max_iters:
-            text = f"step {step}/{self.max_iters} is under way since {clock(PATIENCE)}; what it takes is told when it is done"
+            text = f"step {step}/{self.max_iters} is under way, {clock(PATIENCE)} so far; what it took is told then"
             self.waiting = threading.Timer(PATIENCE, lambda: self.console.print(Text(text)))
             self.waiting.daemon = True
             self.waiting.start()
