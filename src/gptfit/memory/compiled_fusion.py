@@ -122,7 +122,7 @@ def fuse_softmaxes(kernels: list[Kernel]) -> None:
     for *_, i, j in sorted(pairs):
         one, other = of[i], of[j]
         near = one.distance(other) <= MAX_DISTANCE or one.feeds(other)
-        if one is not other and near and not one.excludes(other):
+        if one is not other and near and not one.excludes(other) and not in_a_circle(readers, of, one, other):
             join(one, other, of)
     for i, one in enumerate(readers):  # the second round: a block's own
         for j, other in enumerate(readers):
@@ -136,6 +136,27 @@ def fuse_softmaxes(kernels: list[Kernel]) -> None:
             names[reader.kernel.group] = cluster.readers[0].kernel.group
     for kernel in kernels:
         kernel.group = names.get(kernel.group, kernel.group)
+
+
+def in_a_circle(readers: list[Reader], of: list[Cluster], one: Cluster, other: Cluster) -> bool:
+    """Whether, with these two fused, kernels would wait for each other (will_fusion_create_cycle)."""
+    cluster_of = {
+        (reader.kind, reader.block): id(one if cluster is other else cluster)
+        for reader, cluster in zip(readers, of, strict=True)
+    }
+    needs: dict[int, set[int]] = {}
+    above = 0  # the masked scores of the block before
+    for (kind, block), cluster in sorted(cluster_of.items(), key=lambda item: item[0][1]):
+        before = {MAXIMUM: (), SUM: (MAXIMUM,), SOFTMAX: (MAXIMUM, SUM), MASKED: (SOFTMAX,)}[kind]
+        found = {cluster_of.get((name, block), 0) for name in before} | ({above} if kind == MASKED else set[int]())
+        needs.setdefault(cluster, set()).update(found - {0, cluster})
+        above = cluster if kind == MASKED else above
+    while needs:
+        free = {cluster for cluster, before in needs.items() if not before & needs.keys()}
+        if not free:
+            return True
+        needs = {cluster: before for cluster, before in needs.items() if cluster not in free}
+    return False
 
 
 def joins_softmax(chain: Cluster, of: list[Cluster]) -> None:
