@@ -218,8 +218,12 @@ class Compiled(CompiledForward):
         if "wpe.weight" in w.parameters:
             self.gradient("wpe.weight")
         part: list[Tensor] = []
-        if run.tie_embeddings:
-            part.append(w.empty("embedding gradient", "temporary", (run.vocab_size, run.n_embd), "float32"))
+        raised: list[Tensor] = []
+        shape = (run.vocab_size, run.n_embd)
+        if self.low_stream:  # summed up in fp32, then cast
+            raised.append(w.empty("embedding gradient in float32", "temporary", shape, "float32"))
+        if run.tie_embeddings and not (tied_here and self.low_stream):  # where the sum takes the place of one
+            part.append(w.empty("embedding gradient", "temporary", shape, run.param_dtype))
         if tied_here or not run.tie_embeddings:
             self.gradient("wte.weight")
         return part

@@ -59,6 +59,8 @@ class Rounds:
             n_logits = run.batch_size * run.block_size * run.vocab_size
             listing.add([above], [])
             listing.kernels[-1].inside = n_logits * 2 * (2 if run.dtype != "float32" else 4)
+            if not run.tie_embeddings:
+                listing.call(listing.slot("end/head.grad", (run.vocab_size, run.n_embd), run.param_dtype, OUTPUT))
         for stretch in reversed(program.stretches):
             places = [f"{stretch.start}+{position}/" for position in range(stretch.stride)]
             kept = [self.saved(place, tensors) for place, tensors in zip(places, stretch.kept, strict=True)]
@@ -68,8 +70,8 @@ class Rounds:
                 final += [self.saved("end/", program.head_kept)[name] for name in self.final_names()]
             above = listing.round(places, kept, final, above, last, stretch.start == 0)
         listing.at = ""
-        ends = [listing.slot("end/embedding.grad", (run.vocab_size, run.n_embd), "float32", OUTPUT)]
-        listing.add(ends, [above])
+        ends = [listing.slot("end/embedding.grad", (run.vocab_size, run.n_embd), run.param_dtype, OUTPUT)]
+        listing.add(ends, [above], inside=listing.low_stream * 2 * listing.slots[ends[0]].n_bytes)
 
     def saved(self, place: str, tensors: list[Tensor]) -> dict[str, str]:
         """The buffers that forward kept of a block, by their names in it."""
