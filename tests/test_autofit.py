@@ -30,13 +30,13 @@ from gptfit.units import GiB, MiB
 
 torch.set_num_threads(1)
 
-FREE = 10368 * MiB
+FREE = 9632 * MiB
 BEFORE = DriverGpu(0, "GPU-12ab", "NVIDIA GeForce RTX 4070", 12282 * MiB, FREE, 1530 * MiB, "580.1")
 
 
 @pytest.fixture
 def fit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> AutoFit:
-    """GPT-2 planned for an RTX 4070 of which 10,368 MiB are free."""
+    """GPT-2 planned for an RTX 4070 of which 9,632 MiB are free."""
     monkeypatch.setenv("GPTFIT_PROFILES", str(tmp_path / "profiles"))
     source, card = read_config("gpt2"), detected_card(BEFORE)
     planned = plan(source, card.profile, card.reserve_bytes)
@@ -87,7 +87,7 @@ def test_an_allocator_that_holds_more_or_less_is_planned_in_proportion(fit: Auto
     assert 1.07 * estimate(run, "gptfit").reserved_bytes + context <= FREE
     asked, held = measured(fit, predicted * 80 // 100, context)
     less = asked(held)
-    assert less is not None and estimate(less.run, "gptfit").reserved_bytes > predicted, "the room is used"
+    assert less is not None and estimate(less.run, "gptfit").reserved_bytes >= predicted, "room is no reason for less"
     assert less.predicted["reserved_bytes"] < estimate(less.run, "gptfit").reserved_bytes
 
 
