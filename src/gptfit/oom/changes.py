@@ -6,7 +6,7 @@ from itertools import combinations
 from types import MappingProxyType
 
 from gptfit.config import derive
-from gptfit.levers import with_micro_batch
+from gptfit.levers import step_text, with_micro_batch
 from gptfit.memory.tape import Event, Loop
 from gptfit.oom.case import WITHIN, Case
 from gptfit.oom.enough import Prospect
@@ -188,10 +188,10 @@ def _micro_batch(failure: Failure, case: Case, words: Sequence[Word]) -> list[Re
         other = derive(run, eval_batch_size=size) if evaluates else with_micro_batch(run, size)
         return replace(case, run=other, extra_bytes=case.extra_bytes * other.batch_size // run.batch_size)
 
-    why = "the largest micro-batch that fits here; the tokens of a step stay the same"
+    why = "the largest micro-batch that fits here"
     if room is None:
         size = max(size for size in sizes if size <= max(1, batch_size // 2))
-        why = "half the micro-batch; the tokens of a step stay the same"
+        why = "half the micro-batch"
     else:
         lacking = failure.prospect.missing or 0
 
@@ -211,7 +211,7 @@ def _micro_batch(failure: Failure, case: Case, words: Sequence[Word]) -> list[Re
             return []
     after = smaller(size)
     steps = after.run.gradient_accumulation_steps // (run.n_gpus if trainer.per_gpu else 1)
-    word = trainer.words["eval"] if evaluates else (trainer.batch, why)
+    word = trainer.words["eval"] if evaluates else (trainer.batch, f"{why}; {step_text(run, after.run)}")
     remedy = failure.remedy([*words, word], after, batch=size, steps=steps)
     return [] if remedy is None else [replace(remedy, micro_batch=0 if words or evaluates else size)]
 
