@@ -148,16 +148,13 @@ def assumptions(run: RunConfig, program: str) -> list[str]:
     few_tokens = run.batch_size * run.block_size <= run.n_embd  # whose weight gradients come late
     if run.activation_memory_budget < 1 and (run.n_layer < 4 or few_tokens or run.attention == "math"):
         lines.append("what backward makes again under activation_memory_budget is approximate here: up to a twentieth")
-    if run.activation_checkpointing == "block":
-        changed = run.dropout or run.qk_norm or run.position == "rope"
+    if run.activation_checkpointing == "block" and run.dropout:
         if run.attention == "math":
             lines.append(
-                "blocks with attention written out are run again across each other: up to a quarter either way"
+                "attention with dropout, written out and run again, is approximate here: up to a twelfth either way"
             )
-        elif few_tokens:
-            lines.append("with so few tokens the kernels' order follows their sizes: up to a twelfth either way")
-        elif run.param_dtype == "bfloat16" and run.position == "rope":
-            lines.append("which kernels of two blocks are fused is approximate here: up to a tenth either way")
-        elif run.checkpoint_every > 1 and changed:
-            lines.append("what is kept between checkpoints is approximate here: up to a twelfth either way")
+        elif run.dtype == "float32" and (run.qk_norm or run.position == "rope"):
+            lines.append(
+                "how dropout is made again beside turned q and k is approximate here: up to a tenth either way"
+            )
     return lines
