@@ -148,13 +148,9 @@ def assumptions(run: RunConfig, program: str) -> list[str]:
     few_tokens = run.batch_size * run.block_size <= run.n_embd  # whose weight gradients come late
     if run.activation_memory_budget < 1 and (run.n_layer < 4 or few_tokens or run.attention == "math"):
         lines.append("what backward makes again under activation_memory_budget is approximate here: up to a twentieth")
-    if run.activation_checkpointing == "block" and run.dropout:
-        if run.attention == "math":
-            lines.append(
-                "attention with dropout, written out and run again, is approximate here: up to a twelfth either way"
-            )
-        elif run.dtype == "float32" and (run.qk_norm or run.position == "rope"):
-            lines.append(
-                "how dropout is made again beside turned q and k is approximate here: up to a tenth either way"
-            )
+    if run.activation_checkpointing == "block":
+        turned = run.qk_norm or run.position == "rope"
+        remade = run.dropout and (run.attention == "math" or (run.dtype == "float32" and turned))
+        if remade or run.checkpoint_every > 1 or run.param_dtype == "bfloat16":
+            lines.append("which buffers blocks that are run again share is approximate here: up to a tenth either way")
     return lines
