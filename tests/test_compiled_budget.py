@@ -21,64 +21,67 @@ LLAMA = {"norm": "rmsnorm", "mlp": "swiglu", "position": "rope", "tie_embeddings
 # Program, values of KEYS, other keys, bytes kept for backward, bytes at the live peak; budget 0.9, two micro-steps. Of
 # (6, 25, 1600 …, 1) the usual cut is smaller than the parameters: the partitioner takes it whatever the budget.
 ROWS: list[tuple[str, tuple[int, ...], dict[str, object], int, int]] = [
-    ("gptfit", (3, 8, 512, 4096, 300, 7), {}, 98554368, 317222912),
+    ("gptfit", (3, 8, 512, 4096, 300, 7), {}, 98554368, 312360960),
     ("gptfit", (4, 8, 512, 4096, 300, 7), {}, 126453248, 394894336),
-    ("gptfit", (5, 8, 512, 4096, 300, 7), {}, 154352128, 473722880),
-    ("gptfit", (6, 8, 512, 4096, 300, 7), {}, 182251008, 553561600),
-    ("gptfit", (4, 8, 512, 4096, 300, 7), {"bias": True}, 126453248, 397464576),
-    ("gptfit", (4, 8, 512, 4096, 300, 7), {"mlp": "swiglu"}, 145753600, 439294464),
+    ("gptfit", (5, 8, 512, 4096, 300, 7), {}, 154352128, 471011328),
+    ("gptfit", (6, 8, 512, 4096, 300, 7), {}, 182251008, 553544704),
+    ("gptfit", (4, 8, 512, 4096, 300, 7), {"bias": True}, 126453248, 397447680),
+    ("gptfit", (4, 8, 512, 4096, 300, 7), {"mlp": "swiglu"}, 145753600, 439277568),
     ("gptfit", (4, 8, 512, 4096, 300, 7), {"mlp": "relu2"}, 126453248, 394894336),
     ("gptfit", (4, 8, 512, 4096, 300, 7), {"position": "rope"}, 143656448, 409687040),
-    ("gptfit", (4, 8, 512, 4096, 300, 7), {**LLAMA, "n_kv_head": 2}, 140379136, 432714240),
-    ("gptfit", (4, 8, 512, 4096, 300, 7), {"qk_norm": True}, 126993920, 401969664),
-    ("gptfit", (4, 8, 512, 4096, 300, 7), {"attention": "math"}, 167040512, 453326336),
-    ("gptfit", (4, 8, 512, 4096, 300, 7), {"dropout": 0.1}, 136130048, 406747136),
-    ("gptfit", (4, 8, 512, 4096, 300, 7), {"dtype": "float32"}, 189470208, 466476544),
-    ("gptfit", (4, 8, 512, 4096, 300, 7), {"n_kv_head": 2}, 110405120, 354258944),
-    ("gptfit", (4, 8, 512, 4096, 300, 7), {"n_kv_head": 2, "dtype": "float32"}, 163665408, 419806720),
-    ("gptfit", (4, 8, 512, 4096, 300, 7), {"loss": "full"}, 137329152, 396370944),
-    ("gptfit", (4, 8, 512, 4096, 300, 7), {"loss": "full", "tie_embeddings": False}, 137329152, 430633472),
+    ("gptfit", (4, 8, 512, 4096, 300, 7), {**LLAMA, "n_kv_head": 2}, 140379136, 424308736),
+    ("gptfit", (4, 8, 512, 4096, 300, 7), {"qk_norm": True}, 126993920, 401952768),
+    ("gptfit", (4, 8, 512, 4096, 300, 7), {"attention": "math"}, 167040512, 453309440),
+    ("gptfit", (4, 8, 512, 4096, 300, 7), {"dropout": 0.1}, 136130048, 406730240),
+    ("gptfit", (4, 8, 512, 4096, 300, 7), {"dtype": "float32"}, 189470208, 466459648),
+    ("gptfit", (4, 8, 512, 4096, 300, 7), {"n_kv_head": 2}, 110405120, 352858112),
+    ("gptfit", (4, 8, 512, 4096, 300, 7), {"n_kv_head": 2, "dtype": "float32"}, 163665408, 419789824),
+    ("gptfit", (4, 8, 512, 4096, 300, 7), {"loss": "full"}, 137329152, 394266624),
+    ("gptfit", (4, 8, 512, 4096, 300, 7), {"loss": "full", "tie_embeddings": False}, 137329152, 430599680),
     ("gptfit", (4, 8, 512, 4096, 300, 7), {"gradient_accumulation_steps": 1}, 126453248, 335541248),
+    ("gptfit", (4, 8, 512, 4096, 300, 7), {"norm": "rmsnorm"}, 126374912, 392691712),
+    ("gptfit", (4, 8, 512, 4096, 300, 7), {"qk_norm": True, "position": "rope"}, 144197120, 410294272),
+    ("gptfit", (4, 8, 512, 4096, 300, 7), {"param_dtype": "bfloat16"}, 99128832, 241643520),
     ("gptfit", (5, 8, 512, 4096, 300, 7), {"position": "rope"}, 175856128, 489240064),
-    ("gptfit", (5, 8, 512, 4096, 300, 7), {**LLAMA, "n_kv_head": 2}, 171761664, 517393920),
-    ("nanogpt", (4, 8, 512, 4096, 300, 7), {"loss": "full"}, 137943552, 414188544),
-    ("nanogpt", (5, 8, 512, 4096, 300, 7), {"loss": "full", "bias": True}, 165842432, 497213952),
+    ("gptfit", (5, 8, 512, 4096, 300, 7), {**LLAMA, "n_kv_head": 2}, 171761664, 508988416),
+    ("nanogpt", (4, 8, 512, 4096, 300, 7), {"loss": "full"}, 137943552, 414154752),
+    ("nanogpt", (5, 8, 512, 4096, 300, 7), {"loss": "full", "bias": True}, 165842432, 497180160),
     ("gptfit", (12, 12, 768, 50304, 1024, 8), {}, 1878471168, 4138773504),
-    ("gptfit", (12, 12, 768, 50304, 1024, 8), {"bias": True, "loss": "full"}, 2612867584, 5554995200),
-    ("nanogpt", (12, 12, 768, 50304, 1024, 8), {"loss": "full"}, 2616013312, 6380649984),
-    ("nanogpt", (12, 12, 768, 50304, 1024, 12), {"loss": "full", "bias": True}, 3798872576, 8452489216),
-    ("gptfit", (6, 6, 384, 65, 256, 64), {}, 818126848, 1190608896),
-    ("gptfit", (6, 6, 384, 65, 256, 64), {"dropout": 0.2}, 899915776, 1311589888),
-    ("gptfit", (4, 4, 256, 4096, 256, 16), {}, 101224960, 200464896),
-    ("gptfit", (8, 16, 1024, 32000, 2048, 2), {**LLAMA}, 1270112768, 4234091520),
-    ("gptfit", (8, 16, 1024, 32000, 2048, 4), {**LLAMA, "n_kv_head": 4}, 1876468224, 4647611392),
-    ("gptfit", (24, 16, 1024, 50304, 1024, 4), {}, 2856378880, 8950664192),
-    ("gptfit", (6, 25, 1600, 50304, 1024, 4), {}, 1519229440, 6265992192),
-    ("gptfit", (6, 25, 1600, 50304, 1024, 1), {}, 1054984704, 5791840256),
+    ("gptfit", (12, 12, 768, 50304, 1024, 8), {"bias": True, "loss": "full"}, 2612867584, 4755684352),
+    ("nanogpt", (12, 12, 768, 50304, 1024, 8), {"loss": "full"}, 2616013312, 6380518912),
+    ("nanogpt", (12, 12, 768, 50304, 1024, 12), {"loss": "full", "bias": True}, 3798872576, 8452292608),
+    ("gptfit", (6, 6, 384, 65, 256, 64), {}, 818126848, 1190477824),
+    ("gptfit", (6, 6, 384, 65, 256, 64), {"dropout": 0.2}, 899915776, 1311458816),
+    ("gptfit", (4, 4, 256, 4096, 256, 16), {}, 101224960, 200432128),
+    ("gptfit", (8, 16, 1024, 32000, 2048, 2), {**LLAMA}, 1270112768, 4168498176),
+    ("gptfit", (8, 16, 1024, 32000, 2048, 4), {**LLAMA, "n_kv_head": 4}, 1876468224, 4581985280),
+    ("gptfit", (24, 16, 1024, 50304, 1024, 4), {}, 2856378880, 8847584256),
+    ("gptfit", (6, 25, 1600, 50304, 1024, 4), {}, 1519229440, 6220862464),
+    ("gptfit", (6, 25, 1600, 50304, 1024, 1), {}, 1054984704, 5746735104),
     ("gptfit", (12, 12, 768, 50304, 1024, 1), {}, 518672896, 2767843328),
     (
         "gptfit",
         (9, 8, 512, 8192, 512, 16),
         {"norm": "rmsnorm", "mlp": "relu2", "position": "rope", "qk_norm": True},
         1012246016,
-        1704588288,
+        1704522752,
     ),
     ("gptfit", (12, 8, 512, 32000, 1024, 8), {"mlp": "swiglu"}, 1385247232, 2501837312),
     ("gptfit", (7, 12, 768, 50304, 1024, 4), {"position": "rope"}, 802856448, 2477976064),
-    ("gptfit", (5, 20, 1280, 50304, 1024, 4), {"norm": "rmsnorm"}, 1011734016, 4084501504),
-    ("gptfit", (12, 12, 768, 50304, 1024, 4), {"dtype": "float32"}, 1692840448, 3904740352),
+    ("gptfit", (5, 20, 1280, 50304, 1024, 4), {"norm": "rmsnorm"}, 1011734016, 4007177216),
+    ("gptfit", (12, 12, 768, 50304, 1024, 4), {"dtype": "float32"}, 1692840448, 3904707584),
     ("gptfit", (8, 8, 512, 32000, 1024, 8), {"param_dtype": "bfloat16"}, 756589056, 1200114688),
-    ("gptfit", (10, 10, 640, 50304, 512, 16), {"tie_embeddings": False, "loss": "full"}, 2061150720, 4791793664),
-    ("gptfit", (16, 12, 768, 50304, 1024, 16), {"mlp": "relu2", "n_kv_head": 4}, 3937944064, 6759201280),
-    ("gptfit", (12, 12, 768, 50304, 1024, 8), {"dropout": 0.1, "bias": True}, 2035757568, 4426599936),
+    ("gptfit", (10, 10, 640, 50304, 512, 16), {"tie_embeddings": False, "loss": "full"}, 2061150720, 3998774272),
+    ("gptfit", (16, 12, 768, 50304, 1024, 16), {"mlp": "relu2", "n_kv_head": 4}, 3937944064, 6759070208),
+    ("gptfit", (12, 12, 768, 50304, 1024, 8), {"dropout": 0.1, "bias": True}, 2035757568, 4417786880),
     ("gptfit", (12, 12, 768, 50304, 1024, 8), {**LLAMA, "gradient_accumulation_steps": 1}, 2380968448, 4598077440),
-    ("nanogpt", (8, 8, 512, 50304, 1024, 8), {"loss": "full", "dropout": 0.1}, 1690575360, 4280102400),
+    ("nanogpt", (8, 8, 512, 50304, 1024, 8), {"loss": "full", "dropout": 0.1}, 1690575360, 4279971328),
     (
         "gptfit",
         (4, 12, 768, 50304, 1024, 32),
         {"norm": "rmsnorm", "position": "rope", "mlp": "swiglu", "loss": "full"},
         6223368704,
-        10593174528,
+        7721451520,
     ),
     ("gptfit", (11, 8, 512, 50304, 512, 4), {"norm": "rmsnorm"}, 410127872, 1588466688),
     # Drawn at random, after the twin was written.
@@ -94,7 +97,7 @@ ROWS: list[tuple[str, tuple[int, ...], dict[str, object], int, int]] = [
             "bias": True,
         },
         6916414976,
-        11973578752,
+        9651047424,
     ),
     (
         "gptfit",
@@ -109,7 +112,7 @@ ROWS: list[tuple[str, tuple[int, ...], dict[str, object], int, int]] = [
             "n_kv_head": 3,
         },
         603197952,
-        1274610176,
+        1274479104,
     ),
     (
         "gptfit",
@@ -123,7 +126,7 @@ ROWS: list[tuple[str, tuple[int, ...], dict[str, object], int, int]] = [
             "bias": True,
         },
         451149312,
-        1791591936,
+        1774798336,
     ),
     (
         "gptfit",
@@ -137,7 +140,7 @@ ROWS: list[tuple[str, tuple[int, ...], dict[str, object], int, int]] = [
             "bias": False,
         },
         221545984,
-        906268672,
+        906252288,
     ),
     (
         "gptfit",
@@ -151,7 +154,7 @@ ROWS: list[tuple[str, tuple[int, ...], dict[str, object], int, int]] = [
             "bias": True,
         },
         2343616000,
-        2876887552,
+        2868302336,
     ),
     (
         "gptfit",
@@ -166,7 +169,7 @@ ROWS: list[tuple[str, tuple[int, ...], dict[str, object], int, int]] = [
             "n_kv_head": 3,
         },
         2000109056,
-        4599558656,
+        4517564928,
     ),
     (
         "gptfit",
@@ -180,7 +183,7 @@ ROWS: list[tuple[str, tuple[int, ...], dict[str, object], int, int]] = [
             "bias": False,
         },
         200831488,
-        386619392,
+        386462720,
     ),
     (
         "gptfit",
@@ -201,7 +204,7 @@ ROWS: list[tuple[str, tuple[int, ...], dict[str, object], int, int]] = [
         (9, 12, 1536, 8192, 1024, 24),
         {"norm": "rmsnorm", "mlp": "swiglu", "position": "rope", "tie_embeddings": True, "loss": "full", "bias": True},
         10160809472,
-        15608448000,
+        15436514304,
     ),
     (
         "gptfit",
@@ -216,7 +219,7 @@ ROWS: list[tuple[str, tuple[int, ...], dict[str, object], int, int]] = [
             "n_kv_head": 8,
         },
         909289984,
-        2040732672,
+        2039631360,
     ),
     (
         "gptfit",
@@ -230,7 +233,7 @@ ROWS: list[tuple[str, tuple[int, ...], dict[str, object], int, int]] = [
             "bias": False,
         },
         252598784,
-        432550912,
+        432190464,
     ),
     (
         "gptfit",
@@ -244,7 +247,7 @@ ROWS: list[tuple[str, tuple[int, ...], dict[str, object], int, int]] = [
             "bias": False,
         },
         3642274304,
-        8645063168,
+        8644997632,
     ),
     (
         "gptfit",
@@ -258,15 +261,8 @@ ROWS: list[tuple[str, tuple[int, ...], dict[str, object], int, int]] = [
             "bias": False,
         },
         4599135744,
-        6914963968,
+        6832912896,
     ),
-]
-
-# Off by more than a fiftieth, and by less than a twentieth.
-NEAR: list[tuple[str, tuple[int, ...], dict[str, object], int, int]] = [
-    ("gptfit", (4, 8, 512, 4096, 300, 7), {"norm": "rmsnorm"}, 126374912, 392691712),
-    ("gptfit", (4, 8, 512, 4096, 300, 7), {"qk_norm": True, "position": "rope"}, 144197120, 410294272),
-    ("gptfit", (4, 8, 512, 4096, 300, 7), {"param_dtype": "bfloat16"}, 99128832, 241643520),
 ]
 
 
@@ -288,15 +284,6 @@ def test_recorded_plans(
     found = measured(run_of(shape, **keys), program)
     assert found[0] == pytest.approx(saved_bytes, rel=0.01)
     assert found[1] == pytest.approx(live_bytes, rel=0.02)
-
-
-@pytest.mark.parametrize(("program", "shape", "keys", "saved_bytes", "live_bytes"), NEAR)
-def test_recorded_plans_that_are_nearly_met(
-    program: str, shape: tuple[int, ...], keys: dict[str, object], saved_bytes: int, live_bytes: int
-) -> None:
-    found = measured(run_of(shape, **keys), program)
-    assert found[0] == pytest.approx(saved_bytes, rel=0.001)
-    assert found[1] == pytest.approx(live_bytes, rel=0.05)
 
 
 @pytest.mark.parametrize("keys", [{"mlp": "relu2"}, LLAMA])

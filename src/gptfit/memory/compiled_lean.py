@@ -1,0 +1,281 @@
+"""The kernels of a backward that makes again what is cheap: what the partitioner keeps under a memory budget below 1.
+
+In the order in which autograd runs, as AOTAutograd hands it to inductor (torch/_functorch/partitioners.py,
+reordering_to_mimic_autograd_engine): what is made again stands right before its first use. The residual stream is
+summed again from the embedding and what was added to it; a sum that is used twice is written down where it would read
+more than four tensors (torch/_inductor/ir.py, should_realize_on_reuse), and so is a norm's normalised input.
+"""
+
+from gptfit.memory.compiled_again import Again
+from gptfit.memory.compiled_plan import OUTPUT, Kernel, Slot
+
+MOST_READS = 4  # torch/_inductor/config.py, realize_reads_threshold
+MAX_DISTANCE = 64  # torch/_inductor/scheduler.py, are_long_distant_nodes
+
+# What is fused with its like, by the ends of its groups' names: sums of the stream, gradients of norms' parameters; and
+# sums with rows of positions, which are read again for each sequence and so have loops of their own.
+STREAM, OF_NORM = "/stream", "/of norm"
+WITH_ROWS = ("/stream with rows", "/norm with rows")
+
+Names = dict[str, str]  # of buffers that forward kept of a block, by what they are
+
+
+class Lean(Again):
+    """The blocks from the last to the first; `stream` holds what the input of each norm is the sum of."""
+
+    def __init__(self, *given: object) -> None:
+        super().__init__(*given)  # type: ignore[arg-type]
+        self.stream_reads: list[list[str]] = []
+        self.positions = ""  # the rows that are added to the embedding
+
+    # ---- the residual stream ------------------------------------------------------------------------------------
+
+    def sums(self, start: list[str], blocks: list[Names]) -> None:
+        """The input of every norm, from the first to the last."""
+        dropped = ("attn mask", "mlp mask") if self.run.dropout else ("", "")
+        reads = start
+        self.stream_reads = []
+        places = [f"{i}+0/" for i in range(len(blocks))]
+        for place, kept in zip(places, blocks, strict=True):
+            for module, mask, norm in (("", "", "ln_1"), ("attn.c_proj", dropped[0], "ln_2")):
+                reads = self.joined(place, norm, reads, [kept[n] for n in (module, mask) if n])
+                self.stream_reads.append(reads)
+            reads = list(dict.fromkeys([*reads, *(kept[n] for n in ("mlp.c_proj", dropped[1]) if n)]))
+        self.stream_reads.append(reads)
+
+    def joined(self, place: str, norm: str, reads: list[str], added: list[str]) -> list[str]:
+        """What the stream is read from: written down if it would be too much."""
+        reads = list(dict.fromkeys([*reads, *added]))
+        if len(reads) <= MOST_READS:
+            return reads
+        self.at = place
+        return [self.written(f"x at {norm}", reads, self.stream)]
+
+    def written(self, name: str, reads: list[str], dtype: str) -> str:
+        made = self.rows(name, self.run.n_embd, dtype)
+        kind = STREAM
+        if self.positions in reads and self.run.batch_size > 1:
+            kind = WITH_ROWS[name.endswith("normalised")]
+        self.add([made], reads, places={made: tuple(reads)}, group=f"{made}{kind}")
+        return made
+
+    # ---- norms --------------------------------------------------------------------------------------------------
+
+    def normalised(self, name: str, reads: list[str], statistics: list[str]) -> list[str]:
+        """What the normalised input is read from."""
+        reads = [*reads, *statistics]
+        return reads if len(reads) <= MOST_READS else [self.written(f"{name} normalised", reads, "float32")]
+
+    def norm_output(self, name: str, reads: list[str]) -> str:
+        output = self.rows(name, self.run.n_embd)
+        self.add([output], reads, places={output: tuple(reads)}, group=f"{self.at}{name}/again")
+        return output
+
+    def lean_norm_backward(self, name: str, dx: str, above: str, dy: list[str], x: list[str], rstd: list[str]) -> str:
+        """`x`: what the normalised input is read from. Returns `dx`."""
+        run, c = self.run, self.run.n_embd
+        sums = [self.statistic(f"{name} sum {i}") for i in range(2 if run.norm == "layernorm" else 1)]
+        dx = self.rows(dx, c, self.stream)
+        group = f"{self.at}{name}/again"
+        reads = [*dy, *dict.fromkeys([*x, *rstd])]
+        for one in sums:
+            self.add([one], reads, group=group)
+        self.gradient(f"{name}.weight", (c,), [*dy, *x], group=f"{self.at}{name}{OF_NORM}")
+        if run.bias and run.norm == "layernorm":
+            self.gradient(f"{name}.bias", (c,), dy, group=f"{self.at}{name} bias{OF_NORM}")
+        self.add([dx], [above, *reads, *sums], places={dx: (above, *reads) if above else ()}, group=group)
+        return dx
+
+    # ---- a block ------------------------------------------------------------------------------------------------
+
+    def lean_block(self, place: str, index: int, kept: Names, above: str) -> str:
+        """Differentiates block `index`; returns the gradient of its input."""
+        run, c = self.run, self.run.n_embd
+        self.at = place
+        x_1, x_2 = self.stream_reads[2 * index : 2 * index + 2]
+        masks = {part: [kept[f"{part} mask"]] if run.dropout else [] for part in ("attn", "mlp")}
+        low = self.low_gradient(above, "mlp gradient in low precision", masks["mlp"])
+        weights = {name.removesuffix(".weight"): full for name, full in kept.items() if name.endswith(".weight")}
+        made = [kept[name] for name in ("mlp.c_gate", "mlp.c_fc") if name in kept]
+        h = self.rows("mlp.h", run.n_hidden)
+        self.add([h], made, group=f"{place}activation")
+        dh = self.rows("mlp.h gradient", run.n_hidden)
+        self.both_gradients("mlp.c_proj", c, run.n_hidden, h, low, weights.get("mlp.c_proj", ""), dh)
+        grads = self.activation_gradients(made, dh)
+        x_2, ln_2 = self.norm_again_of("ln_2", x_2, kept)
+        dy = [
+            self.both_gradients(
+                module, run.n_hidden, c, ln_2, grad, weights.get(module, ""), self.rows(f"{module} input gradient", c)
+            )
+            for module, grad in grads.items()
+        ]
+        between = self.lean_norm_backward("ln_2", "x between gradient", above, dy, x_2, [kept["ln_2 rstd"]])
+        low = self.low_gradient(between, "attn gradient in low precision", masks["attn"])
+        d_qkv = self.lean_attention(kept, weights, low)
+        x_1, ln_1 = self.norm_again_of("ln_1", x_1, kept)
+        width = c + 2 * run.n_kv_head * run.head_size
+        dy = [self.rows("ln_1 gradient", c)]
+        self.both_gradients("attn.c_attn", width, c, ln_1, d_qkv, weights.get("attn.c_attn", ""), dy[0])
+        return self.lean_norm_backward("ln_1", "x gradient", between, dy, x_1, [kept["ln_1 rstd"]])
+
+    def norm_again_of(self, name: str, reads: list[str], kept: Names) -> tuple[list[str], str]:
+        statistics = [kept[f"{name} {part}"] for part in ("mean", "rstd") if f"{name} {part}" in kept]
+        reads = self.normalised(name, reads, statistics)
+        return reads, self.norm_output(name, reads)
+
+    def activation_gradients(self, made: list[str], dh: str) -> dict[str, str]:
+        """Of what the activation is made of, made together with it; gelu's and relu's lie where `dh` lay."""
+        modules = ["mlp.c_fc", "mlp.c_gate"] if self.run.mlp == "swiglu" else ["mlp.c_fc"]
+        grads = {module: self.rows(f"{module} gradient", self.run.n_hidden) for module in modules}
+        places = {} if len(grads) > 1 else {next(iter(grads.values())): (dh, *made)}
+        self.add([*grads.values()], [*made, dh], places=places, group=f"{self.at}activation", parts=len(grads))
+        return grads
+
+    def lean_attention(self, kept: Names, weights: Names, dx: str) -> str:
+        """Returns the gradient of the projection to q, k and v."""
+        run, c = self.run, self.run.n_embd
+        y = kept["attn.y"]
+        by_head = run.attention != "math" and (run.qk_norm or run.position == "rope")
+        if by_head and self.low != "float32" and run.n_head > 1:
+            y = self.rows("attn.y joined", c)
+            self.add([y], [kept["attn.y"]])
+        dy = self.rows("attn.y gradient", c)
+        self.both_gradients("attn.c_proj", c, c, y, dx, weights.get("attn.c_proj", ""), dy)
+        reads, made_of = self.attention_reads(kept)
+        return self.attention_backward(dy, reads, made_of)
+
+    def attention_reads(self, kept: Names) -> tuple[list[str], dict[str, tuple[str, str]]]:
+        """What the attention kernel's backward reads, what is cheap of it made again; and what that of its inputs
+        does."""
+        run, c = self.run, self.run.n_embd
+        kv = run.n_kv_head * run.head_size
+        qkv = kept.get("attn.c_attn", "")
+        made_of = {part: (qkv, kept[f"attn.{part} rstd"]) for part in "qk" if run.qk_norm}
+        if run.attention == "math":
+            softmax = [
+                kept[f"attn.y {part}"] for part in ("scores", "maximum", "sum", "mask") if f"attn.y {part}" in kept
+            ]
+            return [*(kept[f"attn.{part} copy"] for part in ("q scaled", "k", "v")), *softmax], made_of
+        parts = [kept[n] for n in ("attn.q rotated", "attn.k rotated") if n in kept] or [qkv, qkv]
+        if run.qk_norm and run.position != "rope":
+            parts = [self.rows("attn.q normed", c), self.rows("attn.k normed", kv)]
+            for part, made in zip("qk", parts, strict=True):
+                self.add([made], list(made_of[part]))
+        parts.append(qkv)
+        if run.n_kv_head != run.n_head and self.low == "float32":
+            repeated = [self.rows(f"attn.{part} repeated", c) for part in "kv"]
+            for made, source in zip(repeated, parts[1:], strict=True):
+                self.add([made], [source])
+            parts = [parts[0], *repeated]
+        sums = [full for name, full in kept.items() if name.startswith("attn.y ")]
+        return [*dict.fromkeys(parts), kept["attn.y"], *sums], made_of
+
+    def scores_backward(self, dy: str, reads: list[str]) -> list[str]:
+        """Attention written out: softmax is made again from its scores, with the gradient that is taken through it."""
+        run, c = self.run, self.run.n_embd
+        q, k, v, *softmax = reads
+        group = f"{self.at}softmax"
+        p = self.scores("probabilities")
+        self.add([p], softmax, group=group)
+        if run.n_head > 1:
+            by_head = self.rows("attn.y gradient by head", c)
+            self.add([by_head], [dy])
+            dy = by_head
+        d_v = self.call(self.rows("attn.v gradient", c), p, dy)
+        d_p = self.call(self.scores("probabilities gradient"), dy, v)
+        weighed, row = self.scores("probabilities weighed", "float32"), self.statistic("attn.y row", run.n_head)
+        d_s = self.scores("scores gradient")
+        self.add([weighed, row], [d_p, *softmax], group=group)
+        self.add([d_s], [weighed, row, d_p, *softmax], group=group)
+        d_k = self.call(self.rows("attn.k gradient", c), d_s, q)
+        d_q = self.call(self.rows("attn.q gradient", c), d_s, k)
+        return [d_q, d_k, d_v]
+
+    # ---- head and embedding -------------------------------------------------------------------------------------
+
+    def lean_head(self, place: str, kept: Names, above: str, logits: str) -> str:
+        """The final norm, and with the full loss the head: `logits` is their gradient. Returns the gradient of the last
+        block's output."""
+        run, c = self.run, self.run.n_embd
+        self.at = place
+        statistics = [kept[f"ln_f {part}"] for part in ("mean", "rstd") if f"ln_f {part}" in kept]
+        x = self.normalised("ln_f", self.stream_reads[-1], statistics)
+        if logits:
+            output, product = self.norm_output("ln_f", x), ""
+            if self.copies:
+                product = self.slot("end/head product", (run.vocab_size, c), self.low)
+                self.call(product, logits, output)
+            elif not run.tie_embeddings:
+                self.gradient("lm_head.weight", (run.vocab_size, c), [logits, output], extern=True)
+            weight = kept.get("wte.weight") or kept.get("lm_head.weight") or ""
+            self.call(above, logits, weight)
+            if self.copies and not run.tie_embeddings:
+                self.gradient("lm_head.weight", (run.vocab_size, c), [product])
+        return self.lean_norm_backward("ln_f", "x after gradient", "", [above], x, statistics[-1:])
+
+    def embedding(self, kept: Names, dx: str, logits: str) -> None:
+        """The gradients of the embeddings, that of the tied head's product with it."""
+        run, c = self.run, self.run.n_embd
+        masks = [kept["emb mask"]] if run.dropout else []
+        if masks:
+            self.at = "end/"
+            masked = self.rows("embedding gradient by token", c, self.stream)
+            self.add([masked], [dx, *masks], places={masked: (dx,)})
+            dx = masked
+        if run.position == "learned":
+            self.add([self.slot("end/wpe.weight.grad", (run.block_size, c), self.stream, OUTPUT)], [dx])
+        head = [name for name in self.slots if name == "end/head product" or (logits and name.endswith("/ln_f"))]
+        product = head if run.tie_embeddings and logits else []
+        if product and not self.copies:
+            product = [*product, logits]
+        self.add([self.slot("end/embedding.grad", (run.vocab_size, c), "float32", OUTPUT)], [dx, *product])
+
+
+def fuse_alike(kernels: list[Kernel], slots: dict[str, Slot], kind: str) -> None:
+    """Makes one of kernels of groups that end in `kind`, those first that share most bytes, then the nearest
+    (torch/_inductor/scheduler.py, fuse_nodes). Nothing that they are made of is made of them."""
+    spans: dict[str, tuple[int, int]] = {}
+    reads: dict[str, set[str]] = {}
+    owners: dict[str, list[Kernel]] = {}
+    position = 0
+    for kernel in kernels:
+        if kernel.group.endswith(kind):
+            first = spans.get(kernel.group, (position, 0))[0]
+            spans[kernel.group] = first, position
+            reads.setdefault(kernel.group, set()).update((*kernel.reads, *kernel.writes))
+            owners.setdefault(kernel.group, []).append(kernel)
+        position += kernel.parts
+    while True:
+        pairs: list[tuple[int, int, str, str]] = []
+        names = list(spans)
+        for i, one in enumerate(names):
+            for other in names[i + 1 :]:
+                if distance(spans[one], spans[other]) > MAX_DISTANCE:
+                    continue
+                shared = sum(slots[name].n_bytes for name in reads[one] & reads[other] if name in slots)
+                if shared:
+                    pairs.append((-shared, distance(spans[one], spans[other]), one, other))
+        merged: dict[str, str] = {}
+        for *_, one, other in sorted(pairs, key=lambda pair: pair[:2]):
+            one, other = merged.get(one, one), merged.get(other, other)
+            if one == other or distance(spans[one], spans[other]) > MAX_DISTANCE:
+                continue
+            if is_sum(owners[one]) and is_sum(owners[other]):
+                continue
+            merged |= {name: one for name, owner in merged.items() if owner == other} | {other: one}
+            spans[one] = min(spans[one][0], spans[other][0]), max(spans[one][1], spans.pop(other)[1])
+            reads[one] |= reads.pop(other)
+            for kernel in owners[other]:
+                kernel.group = one
+            owners[one] += owners.pop(other)
+        if not merged:
+            return
+
+
+def is_sum(kernels: list[Kernel]) -> bool:
+    """Whether one of them writes a sum of the stream: each of those has loops of its own."""
+    return any("/x at " in name for kernel in kernels for name in kernel.writes)
+
+
+def distance(one: tuple[int, int], other: tuple[int, int]) -> int:
+    return max(abs(one[0] - other[1]), abs(other[0] - one[1]))

@@ -1,0 +1,141 @@
+"""The lean backward on the tape: its kernels (compiled_lean.py) in inductor's order, and what is allocated for them."""
+
+from typing import TYPE_CHECKING
+
+from gptfit.memory.autograd import Tensor
+from gptfit.memory.compiled_forward import base_name
+from gptfit.memory.compiled_lean import OF_NORM, STREAM, WITH_ROWS, Lean, Names, fuse_alike
+from gptfit.memory.compiled_order import reordered
+from gptfit.memory.compiled_plan import FRESH, GIVEN, OUTPUT, SAVED, Plan, Slot, Step, fused
+from gptfit.memory.tape import Buffer, Event, make_buffer
+
+if TYPE_CHECKING:
+    from gptfit.memory.compiled_backward import Compiled
+
+FINAL = "end/final norm gradient"
+OVER, LOGITS = "end/logits", "end/logits gradient"  # the one is written over the other
+ZEROS = "end/zeros"
+
+
+class LeanPlan:
+    """Plans the backward of `program` and writes it. `given`: what it is handed, by name; it lets go of that."""
+
+    def __init__(self, program: "Compiled", given: dict[str, Tensor]) -> None:
+        self.program = program
+        self.listing = Lean(program.run)
+        self.buffers: dict[str, Buffer] = {}
+        for name, tensor in given.items():
+            self.listing.slot(name, tensor.shape, tensor.dtype, SAVED if name == OVER else GIVEN)
+            self.take_over(name, tensor)
+        self.list_kernels(given)
+        listing = self.listing
+        for kind in (STREAM, OF_NORM, *WITH_ROWS):
+            fuse_alike(listing.kernels, listing.slots, kind)
+        self.fuse_first_sums()
+        order = reordered(fused(listing.kernels), listing.slots, {}, 0, 0)
+        plan = Plan(order, listing.slots)
+        self.order = order
+        self.steps = [step for step in plan.steps if step is not None]
+        self.show()
+
+    def list_kernels(self, given: dict[str, Tensor]) -> None:
+        program, listing = self.program, self.listing
+        run = program.run
+        of_block = program.stretches[0].kept[0]
+        blocks = [self.saved(f"{i}+0/", of_block) for i in range(run.n_layer)]
+        end = self.saved("end/", [*program.head_kept, *program.embedding_kept])
+        logits = ""
+        if OVER in given:
+            logits = listing.slot(LOGITS, given[OVER].shape, given[OVER].dtype)
+            listing.add([logits], list(given), places={logits: (OVER,)})
+            listing.slot(FINAL, (*program.tokens, run.n_embd), run.dtype)
+        start = [end["embedding"]]
+        if run.position == "learned":
+            listing.positions = end.get("pos_emb", "wpe.weight")
+            start.append(listing.positions)
+        start += [end["emb mask"]] if run.dropout else []
+        listing.slots["wpe.weight"] = Slot(0, "", GIVEN)
+        listing.sums(start, blocks)
+        dx = listing.lean_head(f"{run.n_layer - 1}+0/", end, FINAL, logits)
+        for index in reversed(range(run.n_layer)):
+            dx = listing.lean_block(f"{index}+0/", index, blocks[index], dx)
+        listing.embedding(end, dx, logits)
+
+    def take_over(self, name: str, tensor: Tensor) -> None:
+        """Its free is written here."""
+        self.buffers[name] = tensor.storage.buffer
+        tensor.storage.forget()
+
+    def fuse_first_sums(self) -> None:
+        """The sums that the final norm reads are made with what it makes."""
+        kernels = self.listing.kernels
+        final = f"{self.program.run.n_layer - 1}+0/ln_f/again"
+        reads = {name for kernel in kernels if kernel.group == final for name in kernel.reads}
+        first = {k.group for k in kernels if k.group.endswith(STREAM) and reads.intersection(k.writes)}
+        for kernel in kernels:
+            if kernel.group in first:
+                kernel.group = final
+
+    def saved(self, place: str, tensors: list[Tensor]) -> Names:
+        """The buffers that forward kept, by what they are."""
+        found: Names = {}
+        for tensor in tensors:
+            name = tensor.storage.buffer.name.removeprefix("h.*.")
+            full = self.listing.slot(place + name, tensor.shape, tensor.dtype, SAVED)
+            found[base_name(tensor).removeprefix("h.*.")] = full
+            self.take_over(full, tensor)
+        return found
+
+    def show(self) -> None:
+        """The buffer of each storage: of one size all are named alike, as they take each other's place."""
+        names: dict[Slot, str] = {}
+        for name, slot in self.listing.slots.items():
+            if name not in self.buffers and name in self.listing.shapes:
+                shape, dtype = self.listing.shapes[name]
+                label = names.setdefault(slot._replace(kind="", whole=""), name.split("/")[-1])
+                self.buffers[name] = make_buffer(f"any block.{label}", "temporary", shape, dtype)
+
+    def write(self) -> None:
+        """All but what goes when the embeddings' gradients are made, which is `write_end`."""
+        w = self.program.w
+        at = ""
+        ends = [name for name, slot in self.listing.slots.items() if name.startswith("end/") and slot.kind == OUTPUT]
+        self.end = next(i for i, kernel in enumerate(self.order) if set(ends).intersection(kernel.writes))
+        for step in self.steps:
+            if step.kernel < self.end:
+                place = self.order[step.kernel].writes[0].split("/")[0]
+                if place not in (at, "end"):
+                    at = place
+                    w.mark("block")
+                self.write_step(step)
+        w.shift = 0
+
+    def write_end(self) -> None:
+        for step in self.steps:
+            if step.kernel >= self.end:
+                self.write_step(step)
+        self.program.w.shift = 0
+
+    def write_step(self, step: Step) -> None:
+        program = self.program
+        w, name = program.w, step.name
+        place, _, label = name.rpartition("/")
+        kind = self.listing.slots[name].kind
+        w.shift = int(place.partition("+")[0]) if place not in ("", "end") else 0
+        if kind == OUTPUT and step.sign > 0:
+            if place != "end":
+                parameter = label.removesuffix(".grad")
+                program.gradient(parameter if parameter.startswith(("ln_f", "lm_head")) else f"h.*.{parameter}")
+        elif name in self.buffers:
+            w.items.append(Event(step.sign, self.buffers[name], w.shift if kind == SAVED else 0))
+            if kind == FRESH and label == "attn.v gradient" and step.sign > 0:
+                self.attention_scratch()
+
+    def attention_scratch(self) -> None:
+        """What the attention kernel takes for itself on a GPU."""
+        w, run = self.program.w, self.program.run
+        if w.kernels and run.dtype != "float32":
+            b, t = self.program.tokens
+            rows, width = -(-t // 128) * 128, -(-run.head_size // 32) * 32 + 1
+            scratch = w.empty("attention dq accumulator", "workspace", (b, run.n_head, rows, width), "float32")
+            del scratch
