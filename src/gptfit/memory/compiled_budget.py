@@ -37,16 +37,35 @@ class Lean(Compiled):
         return [*kept, output] if name == "ln_f" else kept
 
     def heads(self) -> list[Tensor]:
+        """What the attention kernel reads, where it is not the projection. In half precision norms are made again, in
+        fp32 their outputs are kept. Attention written out keeps copies, but for keys and values of groups."""
         run, low = self.run, self.low
-        c, kv_width = run.n_embd, run.n_kv_head * run.head_size
+        widths = {"q": run.n_embd, "k": run.n_kv_head * run.head_size}
         kept: list[Tensor] = []
         if run.qk_norm:
             kept += [self.rows("h.*.attn.q rstd", run.n_head), self.rows("h.*.attn.k rstd", run.n_kv_head)]
-        if run.attention == "math":
-            return kept + [self.activation(f"h.*.attn.{part} copy", c, low) for part in ("q scaled", "k", "v")]
-        if run.position == "rope":
-            widths = {"q": c, "k": kv_width}
-            kept += [self.activation(f"h.*.attn.{part} rotated", width, low) for part, width in widths.items()]
+        changed = "rotated" if run.position == "rope" else "normed" if run.qk_norm and low == "float32" else ""
+        if changed == "normed" or (changed and run.attention == "flash"):
+            kept += [self.activation(f"h.*.attn.{part} {changed}", width, low) for part, width in widths.items()]
+        if run.attention == "flash":
+            return kept
+        copied = [] if run.qk_norm and run.position != "rope" else ["q scaled", "k"]
+        grouped = run.n_kv_head != run.n_head
+        copied = [part for part in [*copied, "v"] if part == "q scaled" or not grouped]
+        return kept + [self.activation(f"h.*.attn.{part} copy", run.n_embd, low) for part in copied]
+
+    def attention(self, first: bool) -> list[Tensor]:
+        """The projection to q, k and v is kept where something is a view of it."""
+        run = self.run
+        kept = super().attention(first)
+        if run.attention != "math":
+            return kept
+        name = "h.*.attn.c_attn"
+        grouped = run.n_kv_head != run.n_head
+        if run.qk_norm and self.low == "float32" and run.position != "rope" and not grouped:
+            return [tensor for tensor in kept if tensor.storage.buffer.name != name]
+        if grouped and not run.qk_norm:
+            kept.append(self.activation(name, run.n_embd + 2 * run.n_kv_head * run.head_size, self.low))
         return kept
 
     def scores(self, first: bool) -> list[Tensor]:

@@ -26,6 +26,7 @@ class Lean(Again):
     def __init__(self, *given: object) -> None:
         super().__init__(*given)  # type: ignore[arg-type]
         self.stream_reads: list[list[str]] = []
+        self.kept_here: Names = {}  # of the block that is being written
         self.positions = ""  # the rows that are added to the embedding
 
     # ---- the residual stream ------------------------------------------------------------------------------------
@@ -91,7 +92,7 @@ class Lean(Again):
     def lean_block(self, place: str, index: int, kept: Names, above: str) -> str:
         """Differentiates block `index`; returns the gradient of its input."""
         run, c = self.run, self.run.n_embd
-        self.at = place
+        self.at, self.kept_here = place, kept
         x_1, x_2 = self.stream_reads[2 * index : 2 * index + 2]
         masks = {part: [kept[f"{part} mask"]] if run.dropout else [] for part in ("attn", "mlp")}
         low = self.low_gradient(above, "mlp gradient in low precision", masks["mlp"])
@@ -150,17 +151,17 @@ class Lean(Again):
         run, c = self.run, self.run.n_embd
         kv = run.n_kv_head * run.head_size
         qkv = kept.get("attn.c_attn", "")
-        made_of = {part: (qkv, kept[f"attn.{part} rstd"]) for part in "qk" if run.qk_norm}
+        made_of = {
+            part: (kept.get(f"attn.{part} normed", qkv), kept[f"attn.{part} rstd"]) for part in "qk" if run.qk_norm
+        }
         if run.attention == "math":
-            softmax = [
-                kept[f"attn.y {part}"] for part in ("scores", "maximum", "sum", "mask") if f"attn.y {part}" in kept
-            ]
-            return [*(kept[f"attn.{part} copy"] for part in ("q scaled", "k", "v")), *softmax], made_of
-        parts = [kept[n] for n in ("attn.q rotated", "attn.k rotated") if n in kept] or [qkv, qkv]
-        if run.qk_norm and run.position != "rope":
+            return [qkv], made_of
+        parts = [kept[n] for n in ("attn.q rotated", "attn.k rotated", "attn.q normed", "attn.k normed") if n in kept]
+        if run.qk_norm and not parts:
             parts = [self.rows("attn.q normed", c), self.rows("attn.k normed", kv)]
             for part, made in zip("qk", parts, strict=True):
                 self.add([made], list(made_of[part]))
+        parts = parts or [qkv, qkv]
         parts.append(qkv)
         if run.n_kv_head != run.n_head and self.low == "float32":
             repeated = [self.rows(f"attn.{part} repeated", c) for part in "kv"]
@@ -173,8 +174,8 @@ class Lean(Again):
     def scores_backward(self, dy: str, reads: list[str]) -> list[str]:
         """Attention written out: softmax is made again from its scores, with the gradient that is taken through it."""
         run, c = self.run, self.run.n_embd
-        q, k, v, *softmax = reads
-        group = f"{self.at}softmax"
+        kept, group = self.kept_here, f"{self.at}softmax"
+        softmax = [kept[f"attn.y {part}"] for part in ("scores", "maximum", "sum", "mask") if f"attn.y {part}" in kept]
         p = self.scores("probabilities")
         self.add([p], softmax, group=group)
         if run.n_head > 1:
@@ -182,14 +183,25 @@ class Lean(Again):
             self.add([by_head], [dy])
             dy = by_head
         d_v = self.call(self.rows("attn.v gradient", c), p, dy)
-        d_p = self.call(self.scores("probabilities gradient"), dy, v)
+        d_p = self.call(self.scores("probabilities gradient"), dy, self.operand("v", reads))
         weighed, row = self.scores("probabilities weighed", "float32"), self.statistic("attn.y row", run.n_head)
         d_s = self.scores("scores gradient")
         self.add([weighed, row], [d_p, *softmax], group=group)
         self.add([d_s], [weighed, row, d_p, *softmax], group=group)
-        d_k = self.call(self.rows("attn.k gradient", c), d_s, q)
-        d_q = self.call(self.rows("attn.q gradient", c), d_s, k)
+        d_k = self.call(self.rows("attn.k gradient", c), d_s, self.operand("q scaled", reads))
+        d_q = self.call(self.rows("attn.q gradient", c), d_s, self.operand("k", reads))
         return [d_q, d_k, d_v]
+
+    def operand(self, part: str, projection: list[str]) -> str:
+        """A copy of queries, keys or values: kept, or made again."""
+        kept = self.kept_here
+        if f"attn.{part} copy" in kept:
+            return kept[f"attn.{part} copy"]
+        source = kept.get(f"attn.{part[0]} normed")
+        scale = kept.get(f"attn.{part[0]} rstd", "")
+        copy = self.rows(f"attn.{part} copy", self.run.n_embd)
+        self.add([copy], [source] if source else [*projection, scale])
+        return copy
 
     # ---- head and embedding -------------------------------------------------------------------------------------
 

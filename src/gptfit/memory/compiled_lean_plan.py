@@ -1,12 +1,13 @@
 """The lean backward on the tape: its kernels (compiled_lean.py) in inductor's order, and what is allocated for them."""
 
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from gptfit.memory.autograd import Tensor
 from gptfit.memory.compiled_forward import base_name
 from gptfit.memory.compiled_lean import OF_NORM, STREAM, WITH_ROWS, Lean, Names, fuse_alike
 from gptfit.memory.compiled_order import reordered
-from gptfit.memory.compiled_plan import FRESH, GIVEN, OUTPUT, SAVED, Plan, Slot, Step, fused
+from gptfit.memory.compiled_plan import FRESH, GIVEN, OUTPUT, SAVED, Kernel, Plan, Slot, Step, fused
 from gptfit.memory.tape import Buffer, Event, make_buffer
 
 if TYPE_CHECKING:
@@ -32,10 +33,7 @@ class LeanPlan:
         for kind in (STREAM, OF_NORM, *WITH_ROWS):
             fuse_alike(listing.kernels, listing.slots, kind)
         self.fuse_first_sums()
-        order = reordered(fused(listing.kernels), listing.slots, {}, 0, 0)
-        plan = Plan(order, listing.slots)
-        self.order = order
-        self.steps = [step for step in plan.steps if step is not None]
+        self.order, self.steps = planned(tuple(map(content, listing.kernels)), tuple(listing.slots.items()))
         self.show()
 
     def list_kernels(self, given: dict[str, Tensor]) -> None:
@@ -139,3 +137,20 @@ class LeanPlan:
             rows, width = -(-t // 128) * 128, -(-run.head_size // 32) * 32 + 1
             scratch = w.empty("attention dq accumulator", "workspace", (b, run.n_head, rows, width), "float32")
             del scratch
+
+
+Content = tuple[tuple[str, ...], tuple[str, ...], bool, tuple[tuple[str, tuple[str, ...]], ...], int, str, int]
+
+
+def content(k: Kernel) -> Content:
+    return k.writes, k.reads, k.extern, tuple(k.places.items()), k.inside, k.group, k.parts
+
+
+@lru_cache(maxsize=128)
+def planned(kernels: tuple[Content, ...], slots: tuple[tuple[str, Slot], ...]) -> tuple[list[Kernel], list[Step]]:
+    """The order of the kernels, and what is allocated and freed in it. Chunks of the loss do not change it: kept, as a
+    search asks for each size of a chunk."""
+    made = [Kernel(k[0], k[1], k[2], dict(k[3]), k[4], k[5], k[6]) for k in kernels]
+    by_name = dict(slots)
+    order = reordered(fused(made), by_name, {}, 0, 0)
+    return order, [step for step in Plan(order, by_name).steps if step is not None]
