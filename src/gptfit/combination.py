@@ -52,15 +52,19 @@ class Combination:
         it; less than `first` if none is, or one on the way there cannot be estimated.
 
         Peaks are nearly straight lines over micro-batches: the next one to look at is where the line through the
-        nearest known ones meets the room, every third time the middle; doubling, where none is known to be too large.
+        nearest known ones meets the room, every third time the middle between what fits and what does not.
         """
         fits = {m: live for m, live in self.peaks.items() if first <= m <= last and live <= room_bytes}
         too_large = {m: live for m, live in self.peaks.items() if first <= m <= last and live > room_bytes}
         low, high = max(fits, default=first - 1), min(too_large, default=last + 1)
         stride = turn = 1
         while low + 1 < high:
-            if high not in too_large:
-                middle, stride = low + stride, stride * 2
+            if high not in too_large and len(fits) < 2:
+                middle, stride = low + stride, stride * 4
+            elif high not in too_large:
+                before = max(m for m in fits if m < low)
+                rise = max(1, fits[low] - fits[before])
+                middle = low + max(1, (room_bytes - fits[low]) * (low - before) // rise)
             elif low not in fits or turn % 3 == 0:
                 middle = (low + high) // 2
             else:
