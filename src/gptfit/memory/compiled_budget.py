@@ -37,35 +37,46 @@ class Lean(Compiled):
         return [*kept, output] if name == "ln_f" else kept
 
     def heads(self) -> list[Tensor]:
-        """What the attention kernel reads, where it is not the projection. In half precision norms are made again, in
-        fp32 their outputs are kept. Attention written out keeps copies, but for keys and values of groups."""
+        """What attention reads, where it is no view of the projection. In half precision norms are made again, in fp32
+        their outputs are kept. Copies that attention makes are kept unless they are of more than two heads for one."""
         run, low = self.run, self.low
-        widths = {"q": run.n_embd, "k": run.n_kv_head * run.head_size}
+        c, kv_width = run.n_embd, run.n_kv_head * run.head_size
+        rope, math = run.position == "rope", run.attention == "math"
+        normed = run.qk_norm and low == "float32"
         kept: list[Tensor] = []
         if run.qk_norm:
             kept += [self.rows("h.*.attn.q rstd", run.n_head), self.rows("h.*.attn.k rstd", run.n_kv_head)]
-        changed = "rotated" if run.position == "rope" else "normed" if run.qk_norm and low == "float32" else ""
-        if changed == "normed" or (changed and run.attention == "flash"):
-            kept += [self.activation(f"h.*.attn.{part} {changed}", width, low) for part, width in widths.items()]
-        if run.attention == "flash":
-            return kept
-        copied = [] if run.qk_norm and run.position != "rope" else ["q scaled", "k"]
-        grouped = run.n_kv_head != run.n_head
-        copied = [part for part in [*copied, "v"] if part == "q scaled" or not grouped]
-        return kept + [self.activation(f"h.*.attn.{part} copy", run.n_embd, low) for part in copied]
+        if normed:
+            kept += [self.activation("h.*.attn.q normed", c, low), self.activation("h.*.attn.k normed", kv_width, low)]
+        if rope and not math:
+            kept.append(self.activation("h.*.attn.q rotated", c, low))
+        if rope and not (math and self.n_groups == 1):
+            kept.append(self.activation("h.*.attn.k rotated", kv_width, low))
+        copied = [] if run.qk_norm and not rope else ["q scaled"] if math else []
+        if self.n_groups <= 2 and (math or (self.n_groups == 2 and low == "float32")):
+            copied += ["v"] if (rope and self.n_groups == 2) or (run.qk_norm and not rope) else ["k", "v"]
+        kind = "copy" if math else "repeated"
+        return kept + [self.activation(f"h.*.attn.{part} {kind}", c, low) for part in copied]
+
+    @property
+    def n_groups(self) -> int:
+        """Query heads for each of keys and values."""
+        return self.run.n_head // self.run.n_kv_head
+
+    @property
+    def keeps_projection(self) -> bool:
+        """Whether attention, or backward of what is done to its inputs, reads views of it."""
+        run = self.run
+        if run.attention == "math":
+            return self.n_groups > 2 or (run.qk_norm and self.low != "float32")
+        changed = run.position == "rope" or (run.qk_norm and self.low == "float32")
+        return not (changed and self.n_groups == 2 and self.low == "float32")
 
     def attention(self, first: bool) -> list[Tensor]:
-        """The projection to q, k and v is kept where something is a view of it."""
-        run = self.run
-        kept = super().attention(first)
-        if run.attention != "math":
-            return kept
         name = "h.*.attn.c_attn"
-        grouped = run.n_kv_head != run.n_head
-        if run.qk_norm and self.low == "float32" and run.position != "rope" and not grouped:
-            return [tensor for tensor in kept if tensor.storage.buffer.name != name]
-        if grouped and not run.qk_norm:
-            kept.append(self.activation(name, run.n_embd + 2 * run.n_kv_head * run.head_size, self.low))
+        kept = [tensor for tensor in super().attention(first) if tensor.storage.buffer.name != name]
+        if self.keeps_projection:
+            kept.append(self.activation(name, self.run.n_embd + 2 * self.run.n_kv_head * self.run.head_size, self.low))
         return kept
 
     def scores(self, first: bool) -> list[Tensor]:

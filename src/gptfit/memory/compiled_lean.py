@@ -156,7 +156,8 @@ class Lean(Again):
         }
         if run.attention == "math":
             return [qkv], made_of
-        parts = [kept[n] for n in ("attn.q rotated", "attn.k rotated", "attn.q normed", "attn.k normed") if n in kept]
+        changed = "rotated" if run.position == "rope" else "normed"
+        parts = [kept[n] for n in (f"attn.q {changed}", f"attn.k {changed}") if n in kept]
         if run.qk_norm and not parts:
             parts = [self.rows("attn.q normed", c), self.rows("attn.k normed", kv)]
             for part, made in zip("qk", parts, strict=True):
@@ -164,9 +165,10 @@ class Lean(Again):
         parts = parts or [qkv, qkv]
         parts.append(qkv)
         if run.n_kv_head != run.n_head and self.low == "float32":
-            repeated = [self.rows(f"attn.{part} repeated", c) for part in "kv"]
-            for made, source in zip(repeated, parts[1:], strict=True):
-                self.add([made], [source])
+            repeated = [
+                kept.get(f"attn.{part} repeated") or self.again(f"attn.{part} repeated", [source])
+                for part, source in zip("kv", parts[1:], strict=True)
+            ]
             parts = [parts[0], *repeated]
         sums = [full for name, full in kept.items() if name.startswith("attn.y ")]
         return [*dict.fromkeys(parts), kept["attn.y"], *sums], made_of
@@ -197,11 +199,14 @@ class Lean(Again):
         kept = self.kept_here
         if f"attn.{part} copy" in kept:
             return kept[f"attn.{part} copy"]
-        source = kept.get(f"attn.{part[0]} normed")
-        scale = kept.get(f"attn.{part[0]} rstd", "")
-        copy = self.rows(f"attn.{part} copy", self.run.n_embd)
-        self.add([copy], [source] if source else [*projection, scale])
-        return copy
+        changed = (kept.get(f"attn.{part[0]} {how}") for how in ("rotated", "normed"))
+        source = next((name for name in changed if name), "")
+        return self.again(f"attn.{part} copy", [source or projection[0], kept.get(f"attn.{part[0]} rstd", "")])
+
+    def again(self, name: str, reads: list[str]) -> str:
+        made = self.rows(name, self.run.n_embd)
+        self.add([made], reads)
+        return made
 
     # ---- head and embedding -------------------------------------------------------------------------------------
 

@@ -40,10 +40,11 @@ class LeanPlan:
         program, listing = self.program, self.listing
         run = program.run
         of_block = program.stretches[0].kept[0]
-        blocks = [self.saved(f"{i}+0/", of_block) for i in range(run.n_layer)]
+        blocks = [self.saved(f"{i}+0/", of_block) | self.weights(f"{i}+0/", "h.*.") for i in range(run.n_layer)]
         end = self.saved("end/", [*program.head_kept, *program.embedding_kept])
         logits = ""
         if OVER in given:
+            end |= self.weights("end/", "")
             logits = listing.slot(LOGITS, given[OVER].shape, given[OVER].dtype)
             listing.add([logits], list(given), places={logits: (OVER,)})
             listing.slot(FINAL, (*program.tokens, run.n_embd), run.dtype)
@@ -82,13 +83,41 @@ class LeanPlan:
             full = self.listing.slot(place + name, tensor.shape, tensor.dtype, SAVED)
             found[base_name(tensor).removeprefix("h.*.")] = full
             self.take_over(full, tensor)
+        if "attn.c_attn" in found:
+            full = found["attn.c_attn"]
+            slot = self.listing.slots[full]
+            width = self.listing.shapes[full][0][-1]
+            self.listing.slots[full] = slot._replace(n_bytes=slot.n_bytes // width * self.viewed(found))
         return found
+
+    def weights(self, place: str, prefix: str) -> Names:
+        """Weights that are no copies: transposed, so that inductor takes them for something that goes after its use."""
+        if self.listing.copies:
+            return {}
+        found: Names = {}
+        for name, parameter in self.program.w.parameters.items():
+            if len(parameter.shape) == 2 and name.startswith(prefix) and ("*" in name) == bool(prefix):
+                short = name.removeprefix(prefix)
+                found[short] = self.listing.slot(place + short, parameter.shape, parameter.dtype, SAVED)
+        return found
+
+    def viewed(self, kept: Names) -> int:
+        """Columns of the projection to q, k and v that backward reads as views: inductor counts those alone."""
+        run = self.program.run
+        kv_width = run.n_kv_head * run.head_size
+        kinds = ("rotated", "normed", "scaled copy", "copy", "repeated")
+        taken = {part for part in "qkv" if any(f"attn.{part} {kind}" in kept for kind in kinds)}
+        if run.qk_norm and "attn.q normed" not in kept:  # whose backward reads what it normalised
+            taken -= {"q", "k"}
+        return sum(
+            width for part, width in zip("qkv", (run.n_embd, kv_width, kv_width), strict=True) if part not in taken
+        )
 
     def show(self) -> None:
         """The buffer of each storage: of one size all are named alike, as they take each other's place."""
         names: dict[Slot, str] = {}
         for name, slot in self.listing.slots.items():
-            if name not in self.buffers and name in self.listing.shapes:
+            if name not in self.buffers and slot.kind not in (SAVED, GIVEN):
                 shape, dtype = self.listing.shapes[name]
                 label = names.setdefault(slot._replace(kind="", whole=""), name.split("/")[-1])
                 self.buffers[name] = make_buffer(f"any block.{label}", "temporary", shape, dtype)
