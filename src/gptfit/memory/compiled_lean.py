@@ -68,8 +68,12 @@ class Lean(Again):
         return reads if len(reads) <= MOST_READS else [self.written(f"{name} normalised", reads, "float32")]
 
     def norm_output(self, name: str, reads: list[str]) -> str:
+        """Fused with the norm's backward; a layer norm's in a low-precision stream with the normalised input."""
         output = self.rows(name, self.run.n_embd)
-        self.add([output], reads, places={output: tuple(reads)}, group=f"{self.at}{name}/again")
+        group = f"{self.at}{name}/again"
+        if self.low_stream and len(reads) == 1 and self.run.norm == "layernorm":
+            group = self.kernels[-1].group
+        self.add([output], reads, places={output: tuple(reads)}, group=group)
         return output
 
     def lean_norm_backward(self, name: str, dx: str, above: str, dy: list[str], x: list[str], rstd: list[str]) -> str:
@@ -186,10 +190,16 @@ class Lean(Again):
             dy = by_head
         d_v = self.call(self.rows("attn.v gradient", c), p, dy)
         d_p = self.call(self.scores("probabilities gradient"), dy, self.operand("v", reads))
-        weighed, row = self.scores("probabilities weighed", "float32"), self.statistic("attn.y row", run.n_head)
-        d_s = self.scores("scores gradient")
-        self.add([weighed, row], [d_p, *softmax], group=group)
-        self.add([d_s], [weighed, row, d_p, *softmax], group=group)
+        row, d_s = self.statistic("attn.y row", run.n_head), self.scores("scores gradient")
+        through = [d_p, *softmax]
+        if self.low == "float32":
+            through = [d_p, p, *softmax]
+        else:  # their product is written down, as it reads too much
+            weighed = self.scores("probabilities weighed", "float32")
+            self.add([weighed], through, group=group)
+            through = [weighed, *through]
+        self.add([row], through, group=group)
+        self.add([d_s], [row, *through], group=group)
         d_k = self.call(self.rows("attn.k gradient", c), d_s, self.operand("q scaled", reads))
         d_q = self.call(self.rows("attn.q gradient", c), d_s, self.operand("k", reads))
         return [d_q, d_k, d_v]
