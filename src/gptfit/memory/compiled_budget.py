@@ -15,7 +15,7 @@ from gptfit.memory.compiled import CompiledNanoGPT, CompiledOurs
 from gptfit.memory.compiled_backward import Compiled
 from gptfit.memory.compiled_evaluation import EvaluatedNanoGPT, EvaluatedOurs
 from gptfit.memory.compiled_forward import CompiledForward, Stretch, base_name
-from gptfit.memory.compiled_lean_plan import FINAL, OVER, ZEROS, LeanPlan
+from gptfit.memory.compiled_lean_plan import FINAL, OVER, ZEROS, plan_of
 
 
 class Lean(Compiled):
@@ -127,12 +127,15 @@ class Lean(Compiled):
 
     def planned_backward(self, given: dict[str, Tensor], tied_here: bool) -> None:
         self.w.mark("blocks", "backward")
-        plan = LeanPlan(self, given)
-        plan.write()
+        plan = plan_of(self, given)
+        kept = (self.head_kept, self.embedding_kept, self.stretches[0].kept[0])
+        for tensor in [*given.values(), *(tensor for tensors in kept for tensor in tensors)]:
+            tensor.storage.forget()  # the plan says when they go
+        plan.write(self)
         part = self.embedding_backward(tied_here)
         plan.write_end()
         self.inputs.clear()
-        for tensors in (self.head_kept, self.embedding_kept, self.stretches[0].kept):
+        for tensors in (*kept, self.stretches[0].kept):
             tensors.clear()
         part.clear()
 

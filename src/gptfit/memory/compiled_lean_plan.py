@@ -19,15 +19,16 @@ ZEROS = "end/zeros"
 
 
 class LeanPlan:
-    """Plans the backward of `program` and writes it. `given`: what it is handed, by name; it lets go of that."""
+    """Plans the backward of a program. `given`: what it is handed, by name. `write` puts it on a tape."""
 
     def __init__(self, program: "Compiled", given: dict[str, Tensor]) -> None:
         self.program = program
+        self.key = (type(program), program.run)
         self.listing = Lean(program.run)
         self.buffers: dict[str, Buffer] = {}
         for name, tensor in given.items():
             self.listing.slot(name, tensor.shape, tensor.dtype, SAVED if name == OVER else GIVEN)
-            self.take_over(name, tensor)
+            self.buffers[name] = tensor.storage.buffer
         self.list_kernels(given)
         listing = self.listing
         for kind in (STREAM, OF_NORM, *WITH_ROWS):
@@ -60,21 +61,6 @@ class LeanPlan:
             dx = listing.lean_block(f"{index}+0/", index, blocks[index], dx)
         listing.embedding(end, dx, logits)
 
-    def take_over(self, name: str, tensor: Tensor) -> None:
-        """Its free is written here."""
-        self.buffers[name] = tensor.storage.buffer
-        tensor.storage.forget()
-
-    def fuse_first_sums(self) -> None:
-        """The sums that the final norm reads are made with what it makes."""
-        kernels = self.listing.kernels
-        final = f"{self.program.run.n_layer - 1}+0/ln_f/again"
-        reads = {name for kernel in kernels if kernel.group == final for name in kernel.reads}
-        first = {k.group for k in kernels if k.group.endswith(STREAM) and reads.intersection(k.writes)}
-        for kernel in kernels:
-            if kernel.group in first:
-                kernel.group = final
-
     def saved(self, place: str, tensors: list[Tensor]) -> Names:
         """The buffers that forward kept, by what they are."""
         found: Names = {}
@@ -82,7 +68,7 @@ class LeanPlan:
             name = tensor.storage.buffer.name.removeprefix("h.*.")
             full = self.listing.slot(place + name, tensor.shape, tensor.dtype, SAVED)
             found[base_name(tensor).removeprefix("h.*.")] = full
-            self.take_over(full, tensor)
+            self.buffers[full] = tensor.storage.buffer
         if "attn.c_attn" in found:
             full = found["attn.c_attn"]
             slot = self.listing.slots[full]
@@ -122,12 +108,10 @@ class LeanPlan:
                 label = names.setdefault(slot._replace(kind="", whole=""), name.split("/")[-1])
                 self.buffers[name] = make_buffer(f"any block.{label}", "temporary", shape, dtype)
 
-    def write(self) -> None:
+    def write(self, program: "Compiled") -> None:
         """All but what goes when the embeddings' gradients are made, which is `write_end`."""
-        w = self.program.w
+        self.program, w = program, program.w
         at = ""
-        ends = [name for name, slot in self.listing.slots.items() if name.startswith("end/") and slot.kind == OUTPUT]
-        self.end = next(i for i, kernel in enumerate(self.order) if set(ends).intersection(kernel.writes))
         for step in self.steps:
             if step.kernel < self.end:
                 place = self.order[step.kernel].writes[0].split("/")[0]
@@ -183,3 +167,12 @@ def planned(kernels: tuple[Content, ...], slots: tuple[tuple[str, Slot], ...]) -
     by_name = dict(slots)
     order = reordered(fused(made), by_name, {}, 0, 0)
     return order, [step for step in Plan(order, by_name).steps if step is not None]
+
+
+LAST: list[LeanPlan] = []  # micro-steps of a run are planned alike
+
+
+def plan_of(program: "Compiled", given: dict[str, Tensor]) -> LeanPlan:
+    if not LAST or LAST[0].key != (type(program), program.run):
+        LAST[:] = [LeanPlan(program, given)]
+    return LAST[0]
