@@ -35,6 +35,8 @@ class LeanPlan:
             fuse_alike(listing.kernels, listing.slots, kind)
         self.fuse_first_sums()
         self.order, self.steps = planned(tuple(map(content, listing.kernels)), tuple(listing.slots.items()))
+        ends = {name for name, slot in listing.slots.items() if name.startswith("end/") and slot.kind == OUTPUT}
+        self.end = next(index for index, kernel in enumerate(self.order) if ends.intersection(kernel.writes))
         self.show()
 
     def list_kernels(self, given: dict[str, Tensor]) -> None:
@@ -60,6 +62,16 @@ class LeanPlan:
         for index in reversed(range(run.n_layer)):
             dx = listing.lean_block(f"{index}+0/", index, blocks[index], dx)
         listing.embedding(end, dx, logits)
+
+    def fuse_first_sums(self) -> None:
+        """The sums that the final norm reads are made with what it makes."""
+        kernels = self.listing.kernels
+        final = f"{self.program.run.n_layer - 1}+0/ln_f/again"
+        reads = {name for kernel in kernels if kernel.group == final for name in kernel.reads}
+        first = {k.group for k in kernels if k.group.endswith(STREAM) and reads.intersection(k.writes)}
+        for kernel in kernels:
+            if kernel.group in first:
+                kernel.group = final
 
     def saved(self, place: str, tensors: list[Tensor]) -> Names:
         """The buffers that forward kept, by what they are."""
@@ -173,6 +185,7 @@ LAST: list[LeanPlan] = []  # micro-steps of a run are planned alike
 
 
 def plan_of(program: "Compiled", given: dict[str, Tensor]) -> LeanPlan:
+    """The plan of this program's backward, that of the last one asked for if it is of the same run."""
     if not LAST or LAST[0].key != (type(program), program.run):
         LAST[:] = [LeanPlan(program, given)]
     return LAST[0]
