@@ -15,7 +15,7 @@ from gptfit.memory.compiled import CompiledNanoGPT, CompiledOurs
 from gptfit.memory.compiled_backward import Compiled
 from gptfit.memory.compiled_evaluation import EvaluatedNanoGPT, EvaluatedOurs
 from gptfit.memory.compiled_forward import CompiledForward, Stretch, base_name
-from gptfit.memory.compiled_lean_plan import FINAL, OVER, ZEROS, plan_of
+from gptfit.memory.compiled_lean_plan import FINAL, OVER, ZEROS, LeanPlan
 
 
 class Lean(Compiled):
@@ -127,15 +127,12 @@ class Lean(Compiled):
 
     def planned_backward(self, given: dict[str, Tensor], tied_here: bool) -> None:
         self.w.mark("blocks", "backward")
-        plan = plan_of(self, given)
-        kept = (self.head_kept, self.embedding_kept, self.stretches[0].kept[0])
-        for tensor in [*given.values(), *(tensor for tensors in kept for tensor in tensors)]:
-            tensor.storage.forget()  # the plan says when they go
-        plan.write(self)
+        plan = LeanPlan(self, given)
+        plan.write()
         part = self.embedding_backward(tied_here)
         plan.write_end()
         self.inputs.clear()
-        for tensors in (*kept, self.stretches[0].kept):
+        for tensors in (self.head_kept, self.embedding_kept, self.stretches[0].kept):
             tensors.clear()
         part.clear()
 
@@ -189,8 +186,7 @@ def compiled_twin(program: str, w: Writer, run: RunConfig) -> Compiled:
 
 
 def cut_bytes(twin: type[Compiled], run: RunConfig) -> tuple[int, int]:
-    """Bytes that the graph keeps for backward, and bytes of its inputs: parameters and token ids. Weights that backward
-    reads as they are count among what is kept, too."""
+    """Bytes that the graph keeps for backward, and bytes of its inputs: parameters and token ids."""
     w = Writer(run.n_layer)
     made = twin(w, run)
     ids, targets = (w.empty(name, "buffer", made.tokens, "int64") for name in ("X", "Y"))
@@ -199,10 +195,5 @@ def cut_bytes(twin: type[Compiled], run: RunConfig) -> tuple[int, int]:
     kept_bytes = made.saved_bytes() if whole else CompiledForward.saved_bytes(made)
     inside = [param for name, param in w.parameters.items() if whole or name != "lm_head.weight"]
     inputs_bytes = sum(param.buffer.n_bytes * param.count for param in inside)
-    if not made.copies:
-        multiplied = [param for param in inside if "*" in param.name or param.name == "lm_head.weight"]
-        kept_bytes += sum(param.buffer.n_bytes * param.count for param in multiplied if len(param.shape) == 2)
-        if whole and run.tie_embeddings:
-            kept_bytes += w.parameters["wte.weight"].buffer.n_bytes
     del result
     return kept_bytes, inputs_bytes + (1 + whole) * ids.storage.buffer.n_bytes

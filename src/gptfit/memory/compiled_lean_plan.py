@@ -19,24 +19,21 @@ ZEROS = "end/zeros"
 
 
 class LeanPlan:
-    """Plans the backward of a program. `given`: what it is handed, by name. `write` puts it on a tape."""
+    """Plans the backward of `program` and writes it. `given`: what it is handed, by name; it lets go of that."""
 
     def __init__(self, program: "Compiled", given: dict[str, Tensor]) -> None:
         self.program = program
-        self.key = (type(program), program.run)
         self.listing = Lean(program.run)
         self.buffers: dict[str, Buffer] = {}
         for name, tensor in given.items():
             self.listing.slot(name, tensor.shape, tensor.dtype, SAVED if name == OVER else GIVEN)
-            self.buffers[name] = tensor.storage.buffer
+            self.take_over(name, tensor)
         self.list_kernels(given)
         listing = self.listing
         for kind in (STREAM, OF_NORM, *WITH_ROWS):
             fuse_alike(listing.kernels, listing.slots, kind)
         self.fuse_first_sums()
         self.order, self.steps = planned(tuple(map(content, listing.kernels)), tuple(listing.slots.items()))
-        ends = {name for name, slot in listing.slots.items() if name.startswith("end/") and slot.kind == OUTPUT}
-        self.end = next(index for index, kernel in enumerate(self.order) if ends.intersection(kernel.writes))
         self.show()
 
     def list_kernels(self, given: dict[str, Tensor]) -> None:
@@ -63,6 +60,11 @@ class LeanPlan:
             dx = listing.lean_block(f"{index}+0/", index, blocks[index], dx)
         listing.embedding(end, dx, logits)
 
+    def take_over(self, name: str, tensor: Tensor) -> None:
+        """Its free is written here."""
+        self.buffers[name] = tensor.storage.buffer
+        tensor.storage.forget()
+
     def fuse_first_sums(self) -> None:
         """The sums that the final norm reads are made with what it makes."""
         kernels = self.listing.kernels
@@ -80,7 +82,7 @@ class LeanPlan:
             name = tensor.storage.buffer.name.removeprefix("h.*.")
             full = self.listing.slot(place + name, tensor.shape, tensor.dtype, SAVED)
             found[base_name(tensor).removeprefix("h.*.")] = full
-            self.buffers[full] = tensor.storage.buffer
+            self.take_over(full, tensor)
         if "attn.c_attn" in found:
             full = found["attn.c_attn"]
             slot = self.listing.slots[full]
@@ -120,10 +122,12 @@ class LeanPlan:
                 label = names.setdefault(slot._replace(kind="", whole=""), name.split("/")[-1])
                 self.buffers[name] = make_buffer(f"any block.{label}", "temporary", shape, dtype)
 
-    def write(self, program: "Compiled") -> None:
+    def write(self) -> None:
         """All but what goes when the embeddings' gradients are made, which is `write_end`."""
-        self.program, w = program, program.w
+        w = self.program.w
         at = ""
+        ends = [name for name, slot in self.listing.slots.items() if name.startswith("end/") and slot.kind == OUTPUT]
+        self.end = next(i for i, kernel in enumerate(self.order) if set(ends).intersection(kernel.writes))
         for step in self.steps:
             if step.kernel < self.end:
                 place = self.order[step.kernel].writes[0].split("/")[0]
@@ -179,13 +183,3 @@ def planned(kernels: tuple[Content, ...], slots: tuple[tuple[str, Slot], ...]) -
     by_name = dict(slots)
     order = reordered(fused(made), by_name, {}, 0, 0)
     return order, [step for step in Plan(order, by_name).steps if step is not None]
-
-
-LAST: list[LeanPlan] = []  # micro-steps of a run are planned alike
-
-
-def plan_of(program: "Compiled", given: dict[str, Tensor]) -> LeanPlan:
-    """The plan of this program's backward, that of the last one asked for if it is of the same run."""
-    if not LAST or LAST[0].key != (type(program), program.run):
-        LAST[:] = [LeanPlan(program, given)]
-    return LAST[0]
