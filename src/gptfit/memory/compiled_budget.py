@@ -186,7 +186,8 @@ def compiled_twin(program: str, w: Writer, run: RunConfig) -> Compiled:
 
 
 def cut_bytes(twin: type[Compiled], run: RunConfig) -> tuple[int, int]:
-    """Bytes that the graph keeps for backward, and bytes of its inputs: parameters and token ids."""
+    """Bytes that the graph keeps for backward, and bytes of its inputs: parameters and token ids. Weights that backward
+    reads as they are count among what is kept, too."""
     w = Writer(run.n_layer)
     made = twin(w, run)
     ids, targets = (w.empty(name, "buffer", made.tokens, "int64") for name in ("X", "Y"))
@@ -195,5 +196,10 @@ def cut_bytes(twin: type[Compiled], run: RunConfig) -> tuple[int, int]:
     kept_bytes = made.saved_bytes() if whole else CompiledForward.saved_bytes(made)
     inside = [param for name, param in w.parameters.items() if whole or name != "lm_head.weight"]
     inputs_bytes = sum(param.buffer.n_bytes * param.count for param in inside)
+    if not made.copies:
+        multiplied = [param for param in inside if "*" in param.name or param.name == "lm_head.weight"]
+        kept_bytes += sum(param.buffer.n_bytes * param.count for param in multiplied if len(param.shape) == 2)
+        if whole and run.tie_embeddings:
+            kept_bytes += w.parameters["wte.weight"].buffer.n_bytes
     del result
     return kept_bytes, inputs_bytes + (1 + whole) * ids.storage.buffer.n_bytes
