@@ -140,14 +140,25 @@ class Lean(Again):
         """Returns the gradient of the projection to q, k and v."""
         run, c = self.run, self.run.n_embd
         y = kept["attn.y"]
-        by_head = run.attention != "math" and (run.qk_norm or run.position == "rope")
+        by_head = run.attention != "math" and run.position == "rope"
         if by_head and self.low != "float32" and run.n_head > 1:
             y = self.rows("attn.y joined", c)
             self.add([y], [kept["attn.y"]])
         dy = self.rows("attn.y gradient", c)
         self.both_gradients("attn.c_proj", c, c, y, dx, weights.get("attn.c_proj", ""), dy)
         reads, made_of = self.attention_reads(kept)
-        return self.attention_backward(dy, reads, made_of)
+        first = len(self.kernels)
+        gradient = self.attention_backward(dy, reads, made_of)
+        if run.attention == "flash" and self.low != "float32":
+            self.leave_out_copies(first)
+        return gradient
+
+    def leave_out_copies(self, first: int) -> None:
+        """Of the kernels from `first` on: what is made again here is laid out as the attention kernel wants it."""
+        copied = {k.writes[0]: k.reads[0] for k in self.kernels[first:] if k.writes[0].endswith(" copy")}
+        self.kernels[first:] = [k for k in self.kernels[first:] if k.writes[0] not in copied]
+        for kernel in self.kernels[first:]:
+            kernel.reads = tuple(copied.get(name, name) for name in kernel.reads)
 
     def attention_reads(self, kept: Names) -> tuple[list[str], dict[str, tuple[str, str]]]:
         """What the attention kernel's backward reads, what is cheap of it made again; and what that of its inputs
