@@ -8,7 +8,8 @@ import pytest
 from gptfit.config import RunConfig, make_run
 from gptfit.estimate import under_program
 from gptfit.memory import compiled_evaluation
-from gptfit.memory.kernel_order import Kernel, Made, in_order, planned
+from gptfit.memory.compiled_order import reordered
+from gptfit.memory.compiled_plan import OUTPUT, TEMPORARY, Kernel, Plan, Slot
 from gptfit.memory.step import pieces
 from gptfit.memory.tape import Tape
 
@@ -163,40 +164,43 @@ def test_nothing_is_kept_for_a_backward() -> None:
     assert peaks[0] == peaks[1]
 
 
-def made(name: str, n: int, **more: object) -> Made:
-    return Made(name, (n,), "float32", **more)  # pyright: ignore[reportArgumentType]
+def calls(*kernels: tuple[str, int, tuple[str, ...]]) -> tuple[list[Kernel], dict[str, Slot]]:
+    """Calls of a library: what each makes, of how many bytes, of what. The last one's is handed out."""
+    slots = {name: Slot(n_bytes, "float32", TEMPORARY) for name, n_bytes, _ in kernels}
+    slots[kernels[-1][0]] = slots[kernels[-1][0]]._replace(kind=OUTPUT)
+    return [Kernel((name,), reads, extern=True) for name, _, reads in kernels], slots
+
+
+def allocated(kernels: list[Kernel], slots: dict[str, Slot]) -> list[str]:
+    return [step.name for step in Plan(kernels, slots).steps if step is not None and step.sign > 0]
 
 
 def test_a_freed_place_is_taken_by_the_next_of_its_size() -> None:
-    kernels = [
-        Kernel((made("a", 1024),), (), True),
-        Kernel((made("b", 2048),), ("a",), True),
-        Kernel((made("c", 1024),), ("b",), True),
-    ]
-    events, places = planned(kernels, frozenset({"c"}))
-    assert [(event.sign, event.buffer.name) for event in events] == [(1, "a"), (1, "b"), (-1, "b")]
-    assert places["c"].name == "a"
+    kernels, slots = calls(("a", 4096, ()), ("b", 8192, ("a",)), ("c", 4096, ("b",)), ("d", 512, ("c",)))
+    assert allocated(kernels, slots) == ["a", "b", "d"]
 
 
 def test_no_place_waits_where_that_would_raise_the_peak() -> None:
-    kernels = [
-        Kernel((made("a", 1024),), (), True),
-        Kernel((made("b", 512),), ("a",), True),
-        Kernel((made("c", 4096),), ("b",), True),
-        Kernel((made("d", 1024),), ("c",), True),
-    ]
-    found = [event.buffer.name for event in planned(kernels, frozenset({"d"}))[0] if event.sign > 0]
-    assert found == ["a", "b", "c", "d"]
+    kernels, slots = calls(
+        ("a", 4096, ()), ("b", 2048, ("a",)), ("c", 16384, ("b",)), ("d", 4096, ("c",)), ("e", 512, ("d",))
+    )
+    assert allocated(kernels, slots) == ["a", "b", "c", "d", "e"]
 
 
 def test_an_order_with_a_lower_peak_is_taken() -> None:
     """Two large tensors, each summed to a small one: as written both are there at once."""
-    kernels = [
-        Kernel((made("a", 4096),), (), True),
-        Kernel((made("b", 4096),), (), True),
-        Kernel((made("sum a", 1),), ("a",), True),
-        Kernel((made("sum b", 1),), ("b",), True),
-        Kernel((made("total", 1),), ("sum a", "sum b"), True),
-    ]
-    order = [kernel.makes[0].name for kernel in in_order(kernels, frozenset({"total"}))]
+    kernels, slots = calls(
+        ("a", 4096, ()), ("b", 4096, ()), ("sum a", 4, ("a",)), ("sum b", 4, ("b",)), ("total", 4, ("sum a", "sum b"))
+    )
+    order = [kernel.writes[0] for kernel in reordered(kernels, slots, {}, 0, 0)]
     assert order.index("sum a") < order.index("b") or order.index("sum b") < order.index("a")
+
+
+def test_what_dies_before_a_call_waits_through_it() -> None:
+    """A kernel's input is let go of before the call that follows: its place is idle while the call runs, which is the
+    peak, and so cannot be kept for later."""
+    kernels, slots = calls(
+        ("a", 512, ()), ("b", 4096, ("a",)), ("c", 8192, ("b",)), ("d", 512, ("c",)), ("e", 4, ("d",))
+    )
+    kernels[1].extern = False
+    assert allocated(kernels, slots) == ["a", "b", "c", "d", "e"]

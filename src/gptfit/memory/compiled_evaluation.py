@@ -1,96 +1,90 @@
 """Twins of a compiled evaluation: inductor's graph of a forward without gradients, kernel by kernel.
 
-Nothing is kept, so what is alive is decided by the order of the kernels and by who takes whose place
-(kernel_order.py). A weight is cast to low precision just before its matmul. The residual stream is no tensor: each norm
-reads what was added up so far, until it would read more than four tensors (inductor's realize_reads_threshold): then
-the sum is written down. Read off the wrappers of torch 2.13, CPU lowering.
+Nothing is kept, so what is alive is decided by the order of the kernels (compiled_order.py) and by who takes whose
+place (compiled_plan.py). A weight is cast to low precision just before its matmul. The residual stream is no tensor:
+each norm reads what was added up so far, until it would read more than four tensors (inductor's
+realize_reads_threshold): then the sum is written down. Read off the wrappers of torch 2.13, CPU lowering.
 """
-
-from typing import Any
 
 from gptfit.config import RunConfig
 from gptfit.memory.autograd import Shape, Tensor
 from gptfit.memory.compiled import CompiledNanoGPT, CompiledOurs
 from gptfit.memory.compiled_forward import CompiledForward
-from gptfit.memory.kernel_order import Kernel, Made, in_order, planned
+from gptfit.memory.compiled_kernels import Listing
+from gptfit.memory.compiled_order import reordered
+from gptfit.memory.compiled_plan import FRESH, LIBRARY, OUTPUT, Plan
 from gptfit.memory.ops import use
 from gptfit.memory.ours import chunked_cross_entropy
+from gptfit.memory.tape import Event, make_buffer
 
 MOST_READS = 4  # realize_reads_threshold
 LONG = 8  # blocks from which on two more change nothing
 
 
-class Kernels:
+class Evaluation(Listing):
     """The kernels of one forward, in the order in which the code runs."""
 
     def __init__(self, run: RunConfig) -> None:
-        self.run = run
-        self.low = run.dtype
-        self.tokens = (run.batch_size, run.block_size)
-        self.found: list[Kernel] = []
-        self.stream: list[str] = []  # what the residual stream is the sum of, parameters and token ids left out
+        super().__init__(run)
+        self.sum: list[str] = []  # what the residual stream is the sum of, parameters and token ids left out
         self.n_read = 3 if run.position == "learned" else 2  # token ids and the rows of the embeddings
-        self.block = 0
 
-    def name(self, label: str) -> str:
-        return f"h.{self.block}.{label}"
+    def linear(self, module: str, n_in: int, n_out: int, x: str, bias: bool = False) -> str:
+        copies = [self.low_copy(f"{module}.weight", (n_out, n_in))]
+        copies += [self.low_copy(f"{module}.bias", (n_out,))] if bias else []
+        return self.call(self.rows(module, n_out), x, *copies)
 
-    def add(self, *makes: Made, reads: tuple[str, ...] = (), call: bool = False) -> str:
-        self.found.append(Kernel(makes, reads, call))
-        return makes[-1].name
-
-    def tensor(self, name: str, *last: int, dtype: str = "", **more: Any) -> Made:
-        return Made(name, (*self.tokens, *last), dtype or self.low, **more)
-
-    def copy(self, name: str, *shape: int) -> tuple[str, ...]:
-        """A parameter in low precision, if that is another one."""
-        if self.low == self.run.param_dtype:
-            return ()
-        return (self.add(Made(f"{name} as {self.low}", shape, self.low)),)
-
-    def linear(self, name: str, n_in: int, n_out: int, *reads: str, bias: bool = False, category: str = "") -> str:
-        copies = self.copy(f"{name}.weight", n_out, n_in) + (self.copy(f"{name}.bias", n_out) if bias else ())
-        made = self.tensor(name, n_out, category=category or "activation")
-        return self.add(made, reads=(*reads, *copies), call=True)
+    def low_copy(self, parameter: str, shape: Shape) -> str:
+        if not self.copies:
+            return ""
+        name = self.slot(f"{self.at}{parameter} as {self.low}", shape, self.low)
+        self.add([name], [])
+        return name
 
     def norm(self, name: str) -> str:
         run = self.run
         if self.n_read > MOST_READS:
-            reads = tuple(self.stream)
-            total = self.tensor(f"stream {name}", run.n_embd, dtype=run.param_dtype, over=reads)
-            self.stream, self.n_read = [self.add(total, reads=reads)], 1
+            total = self.rows(f"stream {name}", run.n_embd, run.param_dtype)
+            self.add([total], self.sum, places={total: tuple(self.sum)})
+            self.sum, self.n_read = [total], 1
         parts = ("mean", "rstd") if run.norm == "layernorm" else ("rstd",)
-        statistics = (self.tensor(f"{name} {part}", 1, dtype="float32") for part in parts)
-        reads = tuple(self.stream)
-        return self.add(*statistics, self.tensor(name, run.n_embd, over=reads), reads=reads)
+        statistics = [self.statistic(f"{name} {part}") for part in parts]
+        output = self.rows(name, run.n_embd)
+        self.add([*statistics, output], self.sum, places={output: tuple(self.sum)})
+        return output
 
     def join(self, name: str) -> None:
-        self.stream.append(name)
+        self.sum.append(name)
         self.n_read += 1
 
     # ---- attention ----------------------------------------------------------------------------------------------
 
-    def heads(self, qkv: str) -> tuple[tuple[str, ...], ...]:
+    def heads(self, qkv: str) -> dict[str, list[str]]:
         """What queries, keys and values are read from: the projection, or what is made of it. A norm alone is made as
         part of a copy, where there is one."""
         run = self.run
         widths = {"q": run.n_embd, "k": run.n_kv_head * run.head_size}
-        found: dict[str, tuple[str, ...]] = dict.fromkeys("qkv", (qkv,))
+        found = {part: [qkv] for part in "qkv"}
         for part, n_head in (("q", run.n_head), ("k", run.n_kv_head)) if run.qk_norm else ():
-            name = self.name(f"attn.{part}")
-            rows = self.tensor(f"{name} rstd", n_head, dtype="float32")
+            rows = self.statistic(f"attn.{part} rstd", n_head)
             if run.position == "rope" or run.attention == "math" or (part == "k" and self.repeats):
-                found[part] = (qkv, self.add(rows, reads=(qkv,)))
+                self.add([rows], [qkv])
+                found[part] = [qkv, rows]
             else:
-                found[part] = (self.add(rows, self.tensor(f"{name} normed", widths[part]), reads=(qkv,)),)
+                normed = self.rows(f"attn.{part} normed", widths[part])
+                self.add([rows, normed], [qkv])
+                found[part] = [normed]
         if run.position == "rope":
             for part, width in widths.items():
-                name = self.name(f"attn.{part}")
-                halves = [self.tensor(f"{name} half {i}", width // 2, part=True) for i in range(2)]
-                self.add(*halves, reads=found[part])
-                rotated = self.tensor(f"{name} rotated", width)
-                found[part] = (self.add(rotated, reads=tuple(half.name for half in halves)),)
-        return found["q"], found["k"], found["v"]
+                rotated = self.rows(f"attn.{part} rotated", width)
+                halves = [
+                    self.rows(f"attn.{part} {half}", width // 2, whole=f"attn.{part} rotated")
+                    for half in ("low", "high")
+                ]
+                self.add(halves, found[part])
+                self.add([rotated], halves)
+                found[part] = [rotated]
+        return found
 
     @property
     def repeats(self) -> bool:
@@ -98,91 +92,106 @@ class Kernels:
         run = self.run
         return run.n_kv_head != run.n_head and (run.attention == "math" or self.low == "float32")
 
-    def copied(self, part: str, *sources: str) -> tuple[str, ...]:
-        return (self.add(self.tensor(self.name(f"attn.{part} copy"), self.run.n_embd), reads=sources),)
+    def copied(self, part: str, sources: list[str]) -> list[str]:
+        copy = self.rows(f"attn.{part} copy", self.run.n_embd)
+        self.add([copy], sources)
+        return [copy]
 
     def attention(self, x: str) -> str:
         run, c = self.run, self.run.n_embd
         width = c + 2 * run.n_kv_head * run.head_size
-        q, k, v = self.heads(self.linear(self.name("attn.c_attn"), c, width, x, bias=run.bias))
+        parts = self.heads(self.linear("attn.c_attn", c, width, x, bias=run.bias))
         if run.attention == "math":
-            y = self.scores(q, k, v)
+            y = self.scores(parts)
         else:
-            if self.repeats:
-                k, v = self.copied("k", *k), self.copied("v", *v)
-            y = self.name("attn.y")
-            extra = [Made(f"{y} random {part}", (), "int64", unseen=True) for part in ("seed", "offset")]
+            for part in "kv" if self.repeats else "":
+                parts[part] = self.copied(part, parts[part])
+            y = self.rows("attn.y", c, kind=LIBRARY)
+            beside = [self.unseen(f"attn.y random {part}", (), "int64") for part in ("seed", "offset")]
             if self.low != "float32":
                 rows = (run.batch_size, run.n_head, run.block_size)
-                extra.append(Made(f"{y} log-sum-exp", rows, "float32", unseen=True))
-            self.add(*extra, self.tensor(y, c, fresh=True), reads=(*q, *k, *v), call=True)
+                beside.append(self.unseen("attn.y log-sum-exp", rows, "float32"))
+            self.add([*beside, y], [*parts["q"], *parts["k"], *parts["v"]], extern=True)
             if run.position == "rope" and self.low != "float32" and run.n_head > 1:  # it lies by head, as q does
-                (y,) = self.copied("y", y)
-        return self.linear(self.name("attn.c_proj"), c, c, y, bias=run.bias)
+                (y,) = self.copied("y", [y])
+        return self.linear("attn.c_proj", c, c, y, bias=run.bias)
 
-    def scores(self, q: tuple[str, ...], k: tuple[str, ...], v: tuple[str, ...]) -> str:
+    def unseen(self, name: str, shape: Shape, dtype: str) -> str:
+        """What a library makes and nobody reads: inductor does not know of it."""
+        name = self.slot(self.at + name, shape, dtype, FRESH)
+        self.slots[name] = self.slots[name]._replace(n_bytes=0)
+        return name
+
+    def scores(self, parts: dict[str, list[str]]) -> str:
         """Attention written out: the scores, softmax of them in fp32 and in low precision."""
         run = self.run
-        y, shape = self.name("attn.y"), (run.batch_size, run.n_head, run.block_size, run.block_size)
+        shape = (run.batch_size, run.n_head, run.block_size, run.block_size)
 
-        def matrix(label: str, dtype: str, over: str) -> tuple[Made, Made]:
-            row = Made(f"{y} {label} row", (*shape[:3], 1), "float32")
-            return row, Made(f"{y} {label}", shape, dtype, over=(over,))
+        def matrix(label: str, dtype: str, over: str = "", *more: str) -> str:
+            made = self.slot(f"{self.at}attn.y {label}", shape, dtype)
+            if over:
+                row = self.statistic(f"attn.y {label} row", run.n_head)
+                self.add([row, made], [over], places={made: (over,)})
+            return made
 
         apart = run.batch_size > 1 and run.n_head > 1  # heads of a view are no batch of matrices then
-        q = self.copied("q", *q)
+        q, k, v = self.copied("q", parts["q"]), parts["k"], parts["v"]
         if self.repeats or (run.position != "rope" and (apart or run.qk_norm)):
-            k = self.copied("k", *k)
-        scores = self.add(Made(f"{y} scores", shape, self.low), reads=(*q, *k), call=True)
-        high = self.add(*matrix("exponentials", "float32", scores), reads=(scores,))
-        low = self.add(*matrix("probabilities", self.low, high), reads=(high,))
+            k = self.copied("k", k)
+        scores = self.call(matrix("scores", self.low), *q, *k)
+        probabilities = matrix("probabilities", self.low, matrix("exponentials", "float32", scores))
         if self.repeats or apart:
-            v = self.copied("v", *v)
-        product = self.add(self.tensor(y, run.n_embd), reads=(low, *v), call=True)
-        return self.copied("y", product)[0] if run.n_head > 1 else product
+            v = self.copied("v", v)
+        y = self.call(self.rows("attn.y", run.n_embd), probabilities, *v)
+        return self.copied("y", [y])[0] if run.n_head > 1 else y
 
     # ---- all of it ----------------------------------------------------------------------------------------------
 
     def mlp(self, x: str) -> str:
         run, c, hidden = self.run, self.run.n_embd, self.run.n_hidden
-        inner = [self.linear(self.name("mlp.c_gate"), c, hidden, x, bias=run.bias)] if run.mlp == "swiglu" else []
-        inner.append(self.linear(self.name("mlp.c_fc"), c, hidden, x, bias=run.bias))
-        h = self.add(self.tensor(self.name("mlp.h"), hidden, over=tuple(inner)), reads=tuple(inner))
-        return self.linear(self.name("mlp.c_proj"), hidden, c, h, bias=run.bias)
+        modules = ("mlp.c_gate", "mlp.c_fc") if run.mlp == "swiglu" else ("mlp.c_fc",)
+        inner = [self.linear(module, c, hidden, x, bias=run.bias) for module in modules]
+        h = self.rows("mlp.h", hidden)
+        self.add([h], inner, places={h: tuple(inner)})
+        return self.linear("mlp.c_proj", hidden, c, h, bias=run.bias)
 
     def blocks(self) -> str:
         """Embedding, blocks and final norm, whose output is named."""
         n_layer = self.run.n_layer
-        for self.block in range(n_layer if n_layer <= LONG else LONG + n_layer % 2):
-            self.join(self.attention(self.norm(self.name("ln_1"))))
-            self.join(self.mlp(self.norm(self.name("ln_2"))))
+        for block in range(n_layer if n_layer <= LONG else LONG + n_layer % 2):
+            self.at = f"h.{block}."
+            self.join(self.attention(self.norm("ln_1")))
+            self.join(self.mlp(self.norm("ln_2")))
+        self.at = ""
         return self.norm("ln_f")
 
     def logits_and_loss(self, x: str) -> tuple[str, str]:
         run = self.run
-        logits = head = self.linear("lm_head", run.n_embd, run.vocab_size, x, category="logits")
+        logits = head = self.linear("lm_head", run.n_embd, run.vocab_size, x)
         if run.logit_softcap:
-            capped = self.tensor("logits capped", run.vocab_size, dtype="float32", category="logits", over=(logits,))
-            logits = self.add(capped, reads=(logits,))
-        maximum, total = (self.tensor(f"loss {part}", 1, dtype="float32") for part in ("maximum", "sum"))
-        self.add(maximum, total, reads=(logits,))
-        log = self.tensor("loss log-sum", 1, dtype="float32", over=(total.name,))
-        scalars = (Made("losses", (), "float32"), Made("targets counted", (), "int64"))
-        self.add(log, *scalars, reads=(total.name, logits, maximum.name))
-        mean = Made("mean loss", (), "float32", over=("losses",))
-        return head, self.add(mean, reads=("losses", "targets counted"))
+            logits = self.rows("logits capped", run.vocab_size, "float32")
+            self.add([logits], [head], places={logits: (head,)})
+        maximum, total, log = (self.statistic(f"loss {part}") for part in ("maximum", "sum", "log-sum"))
+        self.add([maximum, total], [logits])
+        losses, counted = self.slot("losses", (), "float32"), self.slot("targets counted", (), "int64")
+        self.add([log, losses, counted], [total, logits, maximum], places={log: (total,)})
+        mean = self.slot("mean loss", (), "float32")
+        self.add([mean], [losses, counted], places={mean: (losses,)})
+        return head, mean
 
-
-def written(program: CompiledForward, kernels: Kernels, *outputs: str) -> list[Tensor]:
-    """Writes what the kernels allocate and free; the outputs are alive."""
-    w, names = program.w, frozenset(outputs)
-    w.mark("compiled forward", "evaluation")
-    items, buffers = planned(in_order(kernels.found, names), names)
-    w.items += items
-    shapes: dict[str, tuple[Shape, str]] = {
-        made.name: (made.shape, made.dtype) for kernel in kernels.found for made in kernel.makes
-    }
-    return [Tensor(w.take_over(buffers[name], None).storage, *shapes[name]) for name in outputs]
+    def write(self, program: CompiledForward, *outputs: str) -> list[Tensor]:
+        """Writes what the kernels allocate and free; the outputs are alive."""
+        w = program.w
+        w.mark("compiled forward", "evaluation")
+        for name in outputs:
+            self.slots[name] = self.slots[name]._replace(kind=OUTPUT)
+        plan = Plan(reordered(self.kernels, self.slots, {}, 0, 0), self.slots)
+        buffers = {
+            name: make_buffer(name, "logits" if name.startswith(("lm_head", "logits")) else "activation", *shape)
+            for name, shape in self.shapes.items()
+        }
+        w.items += [Event(step.sign, buffers[step.name]) for step in plan.steps if step is not None]
+        return [Tensor(w.take_over(buffers[plan.storage[name]], None).storage, *self.shapes[name]) for name in outputs]
 
 
 class EvaluatedNanoGPT(CompiledNanoGPT):
@@ -191,8 +200,8 @@ class EvaluatedNanoGPT(CompiledNanoGPT):
     def forward(self, idx: Tensor, targets: Tensor | None) -> tuple[Tensor, list[Tensor]]:
         if self.w.grad_enabled:
             return super().forward(idx, targets)
-        kernels = Kernels(self.run)
-        logits, loss = written(self, kernels, *kernels.logits_and_loss(kernels.blocks()))
+        listing = Evaluation(self.run)
+        logits, loss = listing.write(self, *listing.logits_and_loss(listing.blocks()))
         return loss, [logits]
 
 
@@ -203,11 +212,11 @@ class EvaluatedOurs(CompiledOurs):
         w, run = self.w, self.run
         if w.grad_enabled:
             return super().forward(idx, targets)
-        kernels = Kernels(run)
-        x = kernels.blocks()
+        listing = Evaluation(run)
+        x = listing.blocks()
         if run.loss == "full":
-            return written(self, kernels, kernels.logits_and_loss(x)[1])[0], []
-        made = written(self, kernels, x)
+            return listing.write(self, listing.logits_and_loss(x)[1])[0], []
+        made = listing.write(self, x)
         w.mark("loss", "evaluation")
         name = "wte.weight" if run.tie_embeddings else "lm_head.weight"
         weight = use(w, w.parameter(name, (run.vocab_size, run.n_embd), run.param_dtype))

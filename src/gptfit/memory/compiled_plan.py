@@ -14,6 +14,7 @@ from typing import NamedTuple
 # What may become of a buffer: it is made and dropped here; handed out at the end; kept from forward; made by an op of
 # torch itself, in memory of its own; or handed in, which inductor does not count.
 TEMPORARY, OUTPUT, SAVED, FRESH, GIVEN = "temporary", "output", "saved", "fresh", "given"
+LIBRARY = "library"  # as FRESH, of inputs whose alignment is known: another may take its place
 
 
 class Slot(NamedTuple):
@@ -139,7 +140,7 @@ class Plan:
 
     def run(self, index: int, kernel: Kernel) -> None:
         if kernel.extern:
-            self.flush(index)
+            self.flush(index - 1)
         for name in kernel.writes:
             self.allocate(name, index, kernel)
         self.pending.append(index)
@@ -158,7 +159,7 @@ class Plan:
                 self.overwritten.add(source)
                 return
         self.storage[name] = name
-        if slot.kind != FRESH and slot.n_bytes:
+        if slot.kind not in (FRESH, LIBRARY) and slot.n_bytes:
             free = self.reusable(slot, index)
             if free is not None:
                 freed, position, _ = free
