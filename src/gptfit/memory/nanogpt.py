@@ -9,11 +9,11 @@ from gptfit.config import RunConfig
 from gptfit.memory import ops
 from gptfit.memory.attention import flash_attention, split_heads
 from gptfit.memory.autograd import Tensor, Writer
-from gptfit.memory.programs import Program, call
+from gptfit.memory.programs import Eager, call
 from gptfit.memory.tape import Buffer, make_buffer
 
 
-class NanoGPT(Program):
+class NanoGPT(Eager):
     """The twin of nanoGPT's GPT. It returns logits and loss, and the training loop holds on to both."""
 
     name = "nanogpt"

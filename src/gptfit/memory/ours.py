@@ -10,7 +10,7 @@ from gptfit.config import RunConfig
 from gptfit.memory import ops
 from gptfit.memory.attention import flash_attention, math_attention, rotate, split_heads, tables
 from gptfit.memory.autograd import Storage, Tensor, Writer
-from gptfit.memory.programs import Program, call
+from gptfit.memory.programs import Eager, call
 from gptfit.memory.tape import Buffer
 
 Saved = tuple[Storage, ...]
@@ -23,7 +23,7 @@ class Origin(NamedTuple):
     sources: tuple[Tensor, ...]
 
 
-class Ours(Program):
+class Ours(Eager):
     """The twin of gptfit's GPT."""
 
     name = "gptfit"

@@ -4,6 +4,7 @@ Blocks are written once for each loop body: all of them where they are alike, or
 k-th one is checkpointed. A body is a `Segment`, whose nodes backward runs in a loop downwards.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,34 +32,14 @@ class Segment:
     nodes: list[Node] = field(default_factory=list)
 
 
-class Program:
-    """What the programs share: the loop over blocks, forwards and backwards."""
+class Program(ABC):
+    """What a step asks of a program."""
 
     name = ""
 
     def __init__(self, w: Writer, run: RunConfig) -> None:
         self.w = w
         self.run = run
-        shape = (run.batch_size, run.block_size, run.n_embd)
-        self.stream = make_buffer("h.*.x", "activation", shape, run.param_dtype)
-        self.head_nodes: list[Node] = []
-        self.embedding_nodes: list[Node] = []
-        self.segments: list[Segment] = []
-
-    def embed(self, idx: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """The stream into the first block, and locals that live as long as forward."""
-        raise NotImplementedError
-
-    def block(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def head(self, x: Tensor, targets: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """The loss, and what forward returns beside it."""
-        raise NotImplementedError
-
-    def last_logits(self, x: Tensor) -> Tensor:
-        """Logits of the token after the last one, for sampling."""
-        raise NotImplementedError
 
     def buffers(self) -> list[Buffer]:
         """Tables that live as long as the model and are no parameters."""
@@ -68,8 +49,45 @@ class Program:
         """What the training loop's variables hold when the next micro-step begins, the loss excepted."""
         return []
 
+    @abstractmethod
     def forward(self, idx: Tensor, targets: Tensor | None) -> tuple[Tensor, list[Tensor]]:
         """The loss and what is returned beside it; without targets the logits of the next token, for sampling."""
+
+    @abstractmethod
+    def backward(self, loss: Tensor) -> None: ...
+
+    @abstractmethod
+    def saved_bytes(self) -> int:
+        """Kept for backward by this micro-batch: each storage once; inputs and parameters left out."""
+
+
+class Eager(Program):
+    """What eager programs share: the loop over blocks, forwards and backwards."""
+
+    def __init__(self, w: Writer, run: RunConfig) -> None:
+        super().__init__(w, run)
+        shape = (run.batch_size, run.block_size, run.n_embd)
+        self.stream = make_buffer("h.*.x", "activation", shape, run.param_dtype)
+        self.head_nodes: list[Node] = []
+        self.embedding_nodes: list[Node] = []
+        self.segments: list[Segment] = []
+
+    @abstractmethod
+    def embed(self, idx: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The stream into the first block, and locals that live as long as forward."""
+
+    @abstractmethod
+    def block(self, x: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def head(self, x: Tensor, targets: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The loss, and what forward returns beside it."""
+
+    @abstractmethod
+    def last_logits(self, x: Tensor) -> Tensor:
+        """Logits of the token after the last one, for sampling."""
+
+    def forward(self, idx: Tensor, targets: Tensor | None) -> tuple[Tensor, list[Tensor]]:
         w, run = self.w, self.run
         w.offload = run.activation_offload and w.grad_enabled
         w.mark("embedding", "forward" if w.training else "evaluation")
@@ -177,7 +195,6 @@ class Program:
         return storage.buffer
 
     def saved_bytes(self) -> int:
-        """Kept for backward by this micro-batch: each storage once; inputs and parameters left out."""
         total = 0
         stretches = [(self.embedding_nodes, 1), *((s.nodes, s.n) for s in self.segments), (self.head_nodes, 1)]
         seen: set[int] = set()
