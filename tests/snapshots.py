@@ -6,7 +6,7 @@ import pickle
 from pathlib import Path
 from typing import Any
 
-from gptfit.memory.recording import TRACE_FORMAT
+from gptfit.memory.recorded_file import TRACE_FORMAT
 from gptfit.memory.replay import replay_file
 from gptfit.memory.replayed import ReplayResult
 

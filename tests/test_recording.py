@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptfit.errors import GptfitError
-from gptfit.memory import recording as recording_module
+from gptfit.memory import recorded_file
 from gptfit.memory.plainpickle import MAX_TUPLES, check_plain, load_plain
-from gptfit.memory.recording import TRACE_FORMAT
+from gptfit.memory.recorded_file import TRACE_FORMAT
 from gptfit.memory.replay import replay_file
 from snapshots import document_of, path_of, replay_document, replay_pickle, torch_snapshot, trace
 
@@ -152,8 +152,8 @@ def test_files_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for path in (tmp_path, tmp_path / "missing"):
         with pytest.raises(GptfitError, match="cannot read"):
             replay_file(path)
-    monkeypatch.setattr(recording_module, "MAX_FILE_BYTES", 1000)
-    monkeypatch.setattr(recording_module, "MAX_JSON_BYTES", 1000)
+    monkeypatch.setattr(recorded_file, "MAX_FILE_BYTES", 1000)
+    monkeypatch.setattr(recorded_file, "MAX_JSON_BYTES", 1000)
     with pytest.raises(GptfitError, match="larger than"):
         replay_file(path_of("linear-grad-empty-start"))
 

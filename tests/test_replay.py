@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptfit.memory.recording import read_recording
+from gptfit.memory.recorded_file import read_recording
 from gptfit.memory.replay import replay, replay_file
 from snapshots import NAMES, document_of, path_of, replay_document, replay_pickle, torch_snapshot, trace
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from gptfit.config import RunConfig
 
+NAME = "events.jsonl"  # where a run leaves them (journal.py)
+
 
 @dataclass(frozen=True, slots=True)
 class Started:

@@ -17,9 +17,8 @@ from typing import Any
 
 from gptfit import __version__
 from gptfit.errors import GptfitError
-from gptfit.events import Event, Finished, Listener, Measured, Note, Sampled, Saved, Started, Stepped
+from gptfit.events import NAME, Event, Finished, Listener, Measured, Note, Sampled, Saved, Started, Stepped
 
-NAME = "events.jsonl"
 PACKAGES = ("torch", "numpy")
 MAX_TEXT = 2000  # characters of a note or a sample that are kept
 

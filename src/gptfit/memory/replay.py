@@ -5,7 +5,8 @@ from pathlib import Path
 
 from gptfit.memory.allocator import Block, CachingAllocator, OutOfMemory
 from gptfit.memory.rebuild import rebuild
-from gptfit.memory.recording import GROWN, RELEASED, Event, Recording, read_recording
+from gptfit.memory.recorded_file import read_recording
+from gptfit.memory.recording import GROWN, RELEASED, Event, Recording
 from gptfit.memory.replayed import BEFORE, Failure, Recorded, ReplayResult, alive_at, fragmentation_of, tag_name
 
 SEGMENT_KINDS = GROWN | RELEASED

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from gptfit import journal, metrics
+from gptfit import events, metrics
 from gptfit.config import MAX_NUMBER, RunConfig, make_run
 from gptfit.errors import GptfitError
 from gptfit.estimate import Estimate, estimate
@@ -140,7 +140,7 @@ def read_run(folder: Path) -> RunFacts:
         raise GptfitError(f'there is no {metrics.NAME} in "{folder}"', hint)
     try:
         series = read_series(path)
-        entries = list(objects(folder / journal.NAME)) if (folder / journal.NAME).is_file() else []
+        entries = list(objects(folder / events.NAME)) if (folder / events.NAME).is_file() else []
     except OSError as error:
         raise GptfitError(f'cannot read "{path}": {(error.strerror or str(error)).lower()}') from None
     events = [known for entry in entries if (known := as_event(entry))]
