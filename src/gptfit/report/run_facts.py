@@ -14,10 +14,11 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from gptfit import events, metrics
+from gptfit import metrics
 from gptfit.config import MAX_NUMBER, RunConfig, make_run
 from gptfit.errors import GptfitError
 from gptfit.estimate import Estimate, estimate
+from gptfit.events import NAME as EVENTS
 
 RUN_FILE = "run.yaml"
 # Numbers of a step; all in float64, not a number where the line has none.
@@ -140,7 +141,7 @@ def read_run(folder: Path) -> RunFacts:
         raise GptfitError(f'there is no {metrics.NAME} in "{folder}"', hint)
     try:
         series = read_series(path)
-        entries = list(objects(folder / events.NAME)) if (folder / events.NAME).is_file() else []
+        entries = list(objects(folder / EVENTS)) if (folder / EVENTS).is_file() else []
     except OSError as error:
         raise GptfitError(f'cannot read "{path}": {(error.strerror or str(error)).lower()}') from None
     events = [known for entry in entries if (known := as_event(entry))]
