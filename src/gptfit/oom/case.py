@@ -81,6 +81,10 @@ class Case:
         return Tape([*parts.parameter_items, *parts.states]).peak().live_bytes
 
     @cached_property
+    def parameter_bytes(self) -> int:
+        return Tape(self.pieces().parameter_items).peak().live_bytes
+
+    @cached_property
     def kernels(self) -> Pieces:
         """The stretches with what kernels take from the allocator, for a replay."""
         return self.pieces(whole=True, kernels=True)

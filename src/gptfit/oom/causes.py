@@ -1,13 +1,36 @@
 """Why there was no room, in one clause, and the two sentences that say what could not be allocated."""
 
 from gptfit.oom import tensors
-from gptfit.oom.enough import Prospect, fragmented, lent_bytes, missing_bytes, unallocated_bytes
+from gptfit.oom.engines import ENGINES
+from gptfit.oom.enough import (
+    Prospect,
+    foreign_bytes,
+    fragmented,
+    lent_bytes,
+    missing_bytes,
+    reserved_bytes,
+    spare_bytes,
+    unallocated_bytes,
+)
 from gptfit.oom.instant import Instant
 from gptfit.oom.read import OomFacts
-from gptfit.oom.remedies import ALLOC_CONF, FRAGMENTATION
+from gptfit.oom.remedies import (
+    ABSURD,
+    ALLOC_CONF,
+    COLLECTED,
+    FOREIGN,
+    FRAGMENTATION,
+    KEPT,
+    MOSTLY,
+    NOT_FULL,
+    POOLS,
+    TOO_LARGE,
+)
+from gptfit.oom.signs import LEAST_STEPS
 from gptfit.units import format_bytes
 
 MiB = 1 << 20
+OF_STEPS = frozenset(("cuda_caching_allocator", "hip", "xpu", "mps"))
 
 ELSEWHERE = {
     "host_ram": "the computer's own memory ran out, not the GPU's",
@@ -21,12 +44,18 @@ ELSEWHERE = {
     "cuda_driver": "the driver had no memory left, outside PyTorch's allocator",
     "not_oom": "this is not an out-of-memory error",
 }
+FIRST = "the driver had no memory left for what comes first onto the card: other processes hold it"
 
 
 def cause_of(facts: OomFacts, prospect: Prospect, tensor: tensors.Tensor | None, instant: Instant | None) -> str:
     """One clause that says why there was no room. `prospect` has the run, where it is known."""
+    if facts.wording in ENGINES:
+        return ENGINES[facts.wording].cause
+    if facts.wording == ABSURD:
+        return "a size was computed wrongly (a failed or timed out collective leaves such ones): no card has that much"
     if facts.kind in ELSEWHERE:
-        return ELSEWHERE[facts.kind] + (
+        first = FIRST if facts.kind == "cuda_driver" and facts.phase in ("model_load", "data") else ""
+        return (_full_by_table(facts) or first or ELSEWHERE[facts.kind]) + (
             f": {facts.explanation}" if facts.kind == "not_oom" and facts.explanation else ""
         )
     tried, total = facts.tried_bytes, facts.total_bytes
@@ -35,6 +64,23 @@ def cause_of(facts: OomFacts, prospect: Prospect, tensor: tensors.Tensor | None,
     allowed = getattr(facts, "allowed_bytes", None)
     if allowed is not None and total is not None and allowed < total:
         return f"a limit of {format_bytes(allowed)} is set for this process, below what the card has"
+    return _by_figures(facts, prospect) or _by_signs(facts, prospect) or _beside(instant) or _by_phase(facts, tensor)
+
+
+def _full_by_table(facts: OomFacts) -> str:
+    """Where the driver or a library had no room: what nvidia-smi says of the card, if it is in the text."""
+    if facts.kind not in ("cuda_driver", "cublas", "cudnn", "nccl") or not facts.cards:
+        return ""
+    index = facts.device_index or 0
+    used, total = facts.cards[index] if index < len(facts.cards) else (0, 0)
+    if used < 0.8 * total or not total:
+        return ""
+    return f"nvidia-smi in the text has {format_bytes(used)} of {format_bytes(total)} in use on GPU {index}"
+
+
+def _by_figures(facts: OomFacts, prospect: Prospect) -> str:
+    """What the message's own figures say, and the run's tape where it is known."""
+    tried, case = facts.tried_bytes, prospect.case
     if lent := lent_bytes(facts):
         return (
             f"{format_bytes(facts.allocated_bytes or 0)} are allocated, more than the card has: the driver lent "
@@ -47,18 +93,66 @@ def cause_of(facts: OomFacts, prospect: Prospect, tensor: tensors.Tensor | None,
         told = "this would have fitted" if fits else "there would have been room for this tensor"
         more = ", but not for the whole run" if fits is False else ""
         return f"other processes hold {format_bytes(others)} of the card; without them {told}{more}"
-    case = prospect.case
+    if foreign := foreign_bytes(facts):
+        return (
+            f"{FOREIGN}: at least {format_bytes(foreign)} are neither free nor PyTorch's here: another process (a rank "
+            "on the same GPU, a notebook, a desktop, another container)"
+        )
+    if spare := spare_bytes(facts):
+        return f"{NOT_FULL}: {_spare(facts, spare)}"
     if fragmented(facts) and facts.kind in ALLOC_CONF and not (case and case.run.expandable_segments):
         unused = format_bytes(unallocated_bytes(facts) or 0)
         pieces = f"but in pieces smaller than the {format_bytes(tried or 0)} asked for"
         return f"{FRAGMENTATION}: {unused} are reserved and unused, {pieces}"
+    if case is not None and facts.phase == "model_load":
+        model_bytes, held = case.parameter_bytes, facts.allocated_bytes or 0
+        earlier = "an earlier model (a notebook's cell that ran before) or a checkpoint is still on the card"
+        if held > 2 * model_bytes:
+            return f"{format_bytes(held)} are allocated where this model has {format_bytes(model_bytes)}: {earlier}"
     peak_bytes = case.least_bytes(()) if case is not None else None
     if peak_bytes is not None and facts.allocated_bytes is not None and facts.allocated_bytes > 1.2 * peak_bytes:
         return (
             f"{format_bytes(facts.allocated_bytes)} are allocated where a step of this run peaks at "
             f"{format_bytes(peak_bytes)}: something is kept from step to step"
         )
-    return _beside(instant) or _by_phase(facts, tensor)
+    return ""
+
+
+def _spare(facts: OomFacts, spare: int) -> str:
+    asked = format_bytes(facts.tried_bytes or 0)
+    if facts.free_bytes is None:
+        held = format_bytes(reserved_bytes(facts) or 0)
+        return f"PyTorch held {held} of its {format_bytes(facts.total_bytes or 0)}; what refused {asked} is not told"
+    why = {
+        "hip": "another limit of the driver's refused it, or a process that has ended since held it",
+        "xpu": "the driver refuses a single tensor of 4 GiB and more on many Intel cards",
+    }.get(facts.kind, "a process or rank that has ended since held it, or a limit below the card's size refused it")
+    return f"{format_bytes(spare)} were free where {asked} were asked for; {why}"
+
+
+def _by_signs(facts: OomFacts, prospect: Prospect) -> str:
+    """What the code in the traceback and the log before it say."""
+    if facts.kept:
+        return f"{KEPT}: `{facts.kept[:60]}` keeps a tensor and what its backward needs"
+    if facts.collected:
+        return f"{COLLECTED}: the evaluation keeps the logits of all its batches on the card, and copies them for each"
+    pools = facts.private_pools_bytes or 0
+    if pools >= 0.2 * (facts.allocated_bytes or pools + 1):
+        return f"{POOLS} hold {format_bytes(pools)}: what a graph uses is kept for it alone, one graph for each shape"
+    if facts.kind == "mps" and facts.allowed_bytes is not None:
+        beside = facts.beside_bytes or 0
+        buffers = f", {format_bytes(beside)} beside them (Metal's buffers and the graphs it keeps for each shape)"
+        return (
+            f"macOS lets the GPU have {format_bytes(facts.allowed_bytes)} of the computer's memory: "
+            f"{format_bytes(facts.allocated_bytes or 0)} are in tensors{buffers if beside >= 256 * MiB else ''}"
+        )
+    trained = facts.phase in ("forward", "loss", "backward", "unknown")
+    if facts.steps >= LEAST_STEPS and trained and prospect.case is None and facts.kind in OF_STEPS:
+        return (
+            f"it ran {facts.steps:,} steps first: a batch of longer samples came, or memory is kept from step to step, "
+            "or what is free lies in pieces"
+        )
+    return ""
 
 
 def _beside(instant: Instant | None) -> str:
@@ -76,7 +170,7 @@ def _beside(instant: Instant | None) -> str:
 
 
 def _by_phase(facts: OomFacts, tensor: tensors.Tensor | None) -> str:
-    phase, name = facts.phase, tensor.name if tensor else ""
+    phase, name = facts.phase, tensor.name if tensor and tensor.confidence != "possible" else ""
     first = facts.progress == "first"  # no optimizer state yet
     if phase == "optimizer":
         if name == "optimizer temporary":
@@ -87,6 +181,12 @@ def _by_phase(facts: OomFacts, tensor: tensors.Tensor | None) -> str:
     if phase == "eval":
         there = "parameters are" if first else "parameters and optimizer state are"
         return f"the evaluation makes the logits of a whole batch while {there} there"
+    held, total = reserved_bytes(facts) or 0, facts.total_bytes or 0
+    if phase == "model_load" and total and held >= MOSTLY * total:
+        return (
+            f"{TOO_LARGE}: {format_bytes(held)} of the card are PyTorch's already, and more is to come; or an earlier "
+            "model is still held (a notebook's cell that ran before)"
+        )
     if phase in ("model_load", "checkpoint"):
         return "the card was full before training began: something else holds it, or a checkpoint was loaded onto it"
     if name.startswith("logits") or name.startswith("cross entropy"):

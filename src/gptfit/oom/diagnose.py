@@ -12,12 +12,13 @@ from gptfit.oom.case import WITHIN, Case
 from gptfit.oom.causes import cause_of, summary_of
 from gptfit.oom.changes import Failure, run_remedies, worded_remedies
 from gptfit.oom.container import seen_from_outside
-from gptfit.oom.enough import Prospect, hidden_bytes, lent_bytes, missing_bytes, reserved_bytes
+from gptfit.oom.engines import ENGINES
+from gptfit.oom.enough import Prospect, foreign_bytes, hidden_bytes, lent_bytes, missing_bytes, reserved_bytes
 from gptfit.oom.failed_run import BATCH, MODEL, FailedRun, failed_run
 from gptfit.oom.folk import folk_advice
 from gptfit.oom.instant import SLACK, Instant, find_instant
 from gptfit.oom.read import OomFacts, read_paste
-from gptfit.oom.remedies import KIND_REMEDIES, NotRemedy, Remedy, general_remedies
+from gptfit.oom.remedies import ABSURD, KIND_REMEDIES, NotRemedy, Remedy, general_remedies
 from gptfit.oom.trainers import TRAINERS, Trainer, trainer_of
 from gptfit.units import format_bytes
 
@@ -34,9 +35,9 @@ FIGURES = (
 )
 LEAST_HIDDEN = 512 << 20  # more than contexts were seen to take: 120 to 504 MiB
 HIDDEN = "a CUDA context (0.1 to 0.5 GiB), and a desktop, a browser or another container"
-# Kinds whose failing request is a tensor of the step.
 # Of the computer's memory, or of a kernel's: what the card holds of the run has no part in it.
 OFF_THE_CARD = frozenset(("not_oom", "host_ram", "host_killed", "shm", "triton_shared_memory"))
+# Kinds whose failing request is a tensor of the step.
 OF_A_TENSOR = frozenset(("cuda_caching_allocator", "hip", "xpu", "mps", "cuda_async_allocator", "per_process_limit"))
 
 
@@ -71,7 +72,7 @@ class Diagnosis:
     @property
     def words(self) -> str:
         """In whose words the remedies are; "" where they are not about a trainer's code."""
-        if self.facts.kind not in OF_A_TENSOR:
+        if self.facts.kind not in OF_A_TENSOR or not _of_a_step(self.facts):
             return ""
         title = trainer_of(self.trainer).title
         return f"in the words of {title}" + ("" if self.trainer in TRAINERS else ": nothing tells whose code ran")
@@ -118,9 +119,11 @@ def diagnose(facts: OomFacts, failed: FailedRun | None = None, program: str | No
     facts = seen_from_outside(facts)
     trainer = trainer_of(facts.program, program)
     warnings = list(facts.notes)
-    case = _case(failed, trainer, facts.progress == "first", warnings) if facts.kind != "not_oom" else None
+    case = _case(failed, trainer, facts.progress == "first", warnings) if _of_a_step(facts) else None
     known = case is not None and failed is not None and failed.model_known
     tensor = _tensor(facts, case, known)
+    if facts.kind == "cuda_driver" and not known:
+        case = None
     if case is not None and not trainer.exact and (not known or facts.adapters):
         why = "a few added weights are trained" if facts.adapters else "the text does not tell the model's shape"
         warnings.append(f"{why}: no figure is computed")
@@ -142,13 +145,13 @@ def diagnose(facts: OomFacts, failed: FailedRun | None = None, program: str | No
     room = _room(facts, trainer, instant) if case is not None and known else None
     prospect = Prospect(case if known else None, room, missing_bytes(facts), within)
     hidden = hidden_bytes(facts)
-    if facts.process_bytes is None and hidden >= LEAST_HIDDEN:
+    if facts.process_bytes is None and hidden >= LEAST_HIDDEN and not foreign_bytes(facts):
         warnings.append(
             f"{format_bytes(hidden)} of the card are neither free nor reserved nor of a process named: {HIDDEN}"
         )
     cause = cause_of(facts, prospect, tensor, instant)
     remedies = general_remedies(facts, prospect)
-    of_run = facts.kind not in OFF_THE_CARD and facts.phase not in ("model_load", "checkpoint", "data")
+    of_run = _of_a_step(facts) and facts.phase not in ("model_load", "checkpoint", "data")
     if case is not None and of_run:
         remedies += run_remedies(Failure(case, trainer, within, instant, prospect))
     elif of_run and facts.kind not in KIND_REMEDIES:
@@ -165,14 +168,36 @@ def diagnose(facts: OomFacts, failed: FailedRun | None = None, program: str | No
         cause=cause,
         summary=summary_of(facts, tensor, cause),
         remedies=tuple(sorted(remedies, key=lambda remedy: _rank(remedy, cause))),
-        not_remedies=tuple(folk_advice(facts.kind, case, within, remedies)) if facts.kind != "not_oom" else (),
+        not_remedies=tuple(folk_advice(facts.kind, case, within, remedies)) if _folk(facts) else (),
         warnings=tuple(warnings),
         program=trainer.twin,
         trainer=program or (facts.program if facts.program in TRAINERS else "unknown"),
         recognised=dict(facts.config),
         instant=instant,
-        missing=frozenset() if facts.adapters and not trainer.exact else failed.missing if failed else MODEL | BATCH,
+        missing=_missing(facts, failed, trainer),
     )
+
+
+def _folk(facts: OomFacts) -> bool:
+    """Whether the usual advice about torch's allocator is about this error."""
+    return facts.kind != "not_oom" and facts.wording not in ENGINES and facts.wording != ABSURD
+
+
+def _missing(facts: OomFacts, failed: FailedRun | None, trainer: Trainer) -> frozenset[str]:
+    """Sizes with which more could be said."""
+    if (
+        not _of_a_step(facts)
+        or facts.phase == "data"
+        or facts.kind == "cuda_driver"
+        or (facts.adapters and not trainer.exact)
+    ):
+        return frozenset()
+    return failed.missing if failed else MODEL | BATCH
+
+
+def _of_a_step(facts: OomFacts) -> bool:
+    """Whether it is what a step of torch holds of the card that matters: then the run's sizes do."""
+    return facts.kind not in OFF_THE_CARD and facts.wording not in ENGINES and facts.wording != ABSURD
 
 
 def _rank(remedy: Remedy, cause: str) -> tuple[bool, bool, int]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from gptfit.oom.case import Case
 from gptfit.oom.read import OomFacts
 
-MiB = 1 << 20
+MiB, GiB = 1 << 20, 1 << 30
 # Unused memory that is normal: of nanoGPT's and gptfit's steps replayed on 1020 cards that are too small for them
 # (three models, 4 to 16 sequences, segments that cannot be expanded), those that expandable segments would have carried
 # through had at least 5 % of what was reserved unused wherever that was 1.25 times what was asked for: 47 of 56. Of 24
@@ -16,7 +16,10 @@ UNUSED_TIMES = 1.25
 
 
 def unallocated_bytes(facts: OomFacts) -> int | None:
-    """What PyTorch reserved and did not use; torch before 2.1 prints the reserved total instead."""
+    """What PyTorch reserved and did not use; torch before 2.1 prints the reserved total instead, before 1.4 what it
+    calls cached, the difference."""
+    if facts.cached_bytes is not None:
+        return facts.cached_bytes
     if facts.reserved_unallocated_bytes is None and facts.reserved_bytes is not None and facts.allocated_bytes:
         return max(0, facts.reserved_bytes - facts.allocated_bytes)
     return facts.reserved_unallocated_bytes
@@ -26,7 +29,7 @@ def reserved_bytes(facts: OomFacts) -> int | None:
     """What PyTorch held of the card."""
     if facts.reserved_bytes is not None or facts.allocated_bytes is None:
         return facts.reserved_bytes
-    return facts.allocated_bytes + (facts.reserved_unallocated_bytes or 0)
+    return facts.allocated_bytes + (facts.reserved_unallocated_bytes or facts.cached_bytes or 0)
 
 
 def fragmented(facts: OomFacts) -> bool:
@@ -61,10 +64,40 @@ def hidden_bytes(facts: OomFacts) -> int:
     """What of the card is neither free nor this process's nor a named process's. Where this process's figure is not
     printed, its context is among that."""
     total, free = facts.total_bytes, facts.free_bytes
-    own = facts.process_bytes if facts.process_bytes is not None else reserved_bytes(facts)
-    if total is None or free is None or own is None or facts.kind != "cuda_caching_allocator":
+    own = max(facts.process_bytes or 0, reserved_bytes(facts) or 0) or None
+    if total is None or free is None or own is None or facts.kind not in ("cuda_caching_allocator", "hip"):
         return 0
     return max(0, total - free - own - (facts.other_processes_bytes or 0))
+
+
+# What a process holds beside PyTorch, at most, where it is not told: a context, kernels that old CUDA versions loaded
+# all at once, workspaces, NCCL.
+MOST_BESIDE = 3 * GiB // 2
+LEAST_FOREIGN = 512 * MiB
+
+
+def foreign_bytes(facts: OomFacts) -> int:
+    """What is surely another process's though the message names none, where without it the tensor would have fitted."""
+    hidden, missing = hidden_bytes(facts), missing_bytes(facts)
+    told = facts.process_bytes is not None and facts.process_bytes >= (reserved_bytes(facts) or 0)  # a container: 0
+    foreign = hidden if told else hidden - MOST_BESIDE
+    return foreign if missing and foreign >= max(missing, LEAST_FOREIGN) else 0
+
+
+# Beyond what another process's coming and going, or the driver's own use, may explain.
+LEAST_SPARE = 256 * MiB
+
+
+def spare_bytes(facts: OomFacts) -> int:
+    """What was free, or is told by nothing to be in use, where that is clearly more than what was asked for; else 0."""
+    tried, total, reserved = facts.tried_bytes, facts.total_bytes, reserved_bytes(facts)
+    if tried is None or facts.kind not in ("cuda_caching_allocator", "hip", "xpu") or facts.allowed_bytes is not None:
+        return 0
+    if facts.free_bytes is not None:
+        return facts.free_bytes if facts.free_bytes >= tried + LEAST_SPARE else 0
+    if total is None or reserved is None or facts.kind != "xpu":
+        return 0
+    return total - reserved if reserved + tried < total // 2 else 0
 
 
 @dataclass(frozen=True, slots=True)

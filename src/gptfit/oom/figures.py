@@ -16,10 +16,11 @@ UNITS = {"b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 UNKNOWN_BYTES = 1 << 60
 LONGEST = 4000
 
-_NUMBER = r"(?P<number>\d{1,3}(?:,\d{3}){1,4}(?:\.\d{1,4})?(?![\d.])|\d{1,20}(?:[.,]\d{1,4})?)"
+_NUMBER = r"(?P<number>\d{1,3}(?:,\d{3}){1,4}(?:\.\d{1,4})?(?![\d.])|\d{1,20}(?:[.,]\d{1,9})?|\d{1,20}\.(?=[kmgt]i?b))"
 # A bare letter is a unit only where the next word shows that it is whole.
 _UNIT = r"(?P<unit>bytes?|[kmgt]i?b(?:ytes?)?|[kmgt]i?(?=[;,.)(]|is|total|al|reserved|cached|free|mem|in|of|gpu))"
 _SIZE = _NUMBER + _UNIT
+_SIZE_OR_BYTES = _NUMBER + r"(?P<unit>bytes?|[kmgt]i?b|[kmgt](?=at|free)|b(?!y))"  # Paddle's, XLA's on a TPU
 # Not the end of a longer number; a full stop before it ends a sentence.
 _WHOLE = r"(?:(?<=gpu\d )|(?<=gpu\d\d )|(?<=inuse\.)|(?<=isfree\.)|(?<![\d.])(?<!\d ))" + _SIZE
 _IS = r"(?:is|are|was)?"
@@ -38,7 +39,13 @@ ANY = {
         rf"unabletoallocate{_SIZE}",
         rf"failedtocuda(?:host)?calloc(?:async)?{_SIZE}",
         rf"invalidbuffersize:{_SIZE}",
+        rf"attemptingto(?:allocate|reserve){_SIZE_OR_BYTES}",
+        rf"failedtoalloc(?:ate(?:requestfor)?)?{_SIZE}",
+        rf"outofmemoryallocating{_SIZE}",
+        rf"cannotallocate{_SIZE_OR_BYTES}",
+        rf"allocating{_SIZE}ondevice",
     ),
+    "beside_bytes": _compiled(rf"otherallocations:{_SIZE}"),
     "private_pools_bytes": _compiled(rf"with{_SIZE}allocatedinprivate"),
     "allowed_bytes": _compiled(rf"{_WHOLE}allowed(?=[;,.)])", rf"maxallowed:{_SIZE}", rf"fraction\):{_SIZE}"),
 }
@@ -48,7 +55,7 @@ SENTENCES = {
     "free_bytes": _compiled(
         rf"ofwhich{_SIZE}", rf"{_WHOLE}{_IS}free(?![d(])", rf"free\(accordingto\w{{1,8}}\):{_SIZE}"
     ),
-    "process_bytes": _compiled(rf"thisprocesshas{_SIZE}"),
+    "process_bytes": _compiled(rf"thisprocesshas{_SIZE}", rf"{_WHOLE}inusebythisprocess"),
     "allocated_bytes": _compiled(
         rf"oftheallocatedmemory{_SIZE}",
         rf"{_WHOLE}(?:is|already|are)allocated(?!in)",
@@ -64,7 +71,9 @@ BRACKETS = {
         rf"totalcapa\w{{1,7}}?(?:of|:|is){_SIZE}",
         rf"{_WHOLE}total(?=[;,)])",
     ),
-    "free_bytes": _compiled(rf"{_WHOLE}{_IS}free(?!d)"),
+    "free_bytes": _compiled(
+        rf"{_WHOLE}{_IS}free(?!d)", rf"availablememoryisonly{_SIZE_OR_BYTES}", rf"thereare{_SIZE_OR_BYTES}free"
+    ),
     "allocated_bytes": _compiled(rf"{_WHOLE}(?:is|are)?(?:al{{1,2}}ready)?allocated(?!in)"),
     "reserved_bytes": _compiled(rf"{_WHOLE}{_IS}reserved(?!\w{{0,20}}but)"),
     "reserved_unallocated_bytes": _compiled(rf"{_WHOLE}{_IS}reserved(?:by\w{{1,10}})?but(?:un|not)"),
@@ -83,7 +92,9 @@ _DEVICE = lazy(r"(?:\b|[a-z])(?:gpu|npu|mlu|xpu):?(\d{1,2})(?=[;,:)]| \d)")
 _START = lazy(
     r"(?P<error>outofmemoryerror)"
     r"|(?P<memory>(?:cuda|hip|xpu|npu|mlu|musa|mpsbackend)(?:driver)?(?:error:?)?outofmemory|allocationondevice\d{0,3}would)"
-    r"|(?P<tried>tr(?:ied|ies|ying)(?:to)?alloc|(?:尝试|试图|嘗試)分配|unabletoallocate\d|failedtocuda\w{0,4}calloc|invalidbuffersize)"
+    r"|(?P<tried>tr(?:ied|ies|ying)(?:to)?alloc|(?:尝试|试图|嘗試)分配|unabletoallocate\d|failedtocuda\w{0,4}calloc|invalidbuffersize"
+    r"|attemptingto(?:allocate|reserve)\d|failedtoalloc(?:ate(?:requestfor)?)?\d|outofmemoryallocating\d"
+    r"|cannotallocate\d|allocating[\d.]{1,16}[kmgt]i?bondevice)"
 )
 _END = lazy(r"traceback\(most|thestacktracebelow")
 _ORDER = {"error": 0, "memory": 1, "tried": 2}

@@ -33,7 +33,8 @@ def folk_advice(
         yield NotRemedy("PYTORCH_MPS_HIGH_WATERMARK_RATIO=0.0", WATERMARK)
     if case is None:
         yield NotRemedy("float16 instead of bfloat16", "both take 2 bytes an element: nothing is saved")
-        yield NotRemedy("torch.cuda.empty_cache()", EMPTY_CACHE)
+        device = kind if kind in ("mps", "xpu") else "cuda"
+        yield NotRemedy(f"torch.{device}.empty_cache()", EMPTY_CACHE)
         return
     if case.run.dtype != "float32" and case.run.param_dtype == "float32":
         other = "float16" if case.run.dtype == "bfloat16" else "bfloat16"

@@ -22,7 +22,7 @@ _IPYTHON_OLD = lazy(
     r" in ([\w.<>]{1,120})"
 )
 _ARROW = lazy(r"\s{0,3}-{2,8}> ?(\d{1,7})\s(.{0,400})")
-_PYTEST = lazy(r"([\w./\\-]{1,300}\.py):(\d{1,7}): in ([\w.<>]{1,120})")
+_PYTEST = lazy(r"\s{0,8}([\w./\\-]{1,300}\.py):(\d{1,7}): in ([\w.<>]{1,120})")
 _CARETS = lazy(r"[\s^~]+$")
 _NO_CODE = lazy(
     r"\s{0,4}(?:File\s|Traceback \(most|During handling|The above exception|\[Previous line|frame #\d|"
@@ -130,7 +130,8 @@ def _wrapped_rich(lines: Sequence[tuple[int, str]], index: int) -> tuple[Frame |
     if not text.startswith(("/", "~", "C:\\")) or " " in text or index + 1 >= len(lines):
         return None, 1
     for used in (2, 3):
-        text += lines[index + used - 1][1].strip() if index + used - 1 < len(lines) else ""
+        more = lines[index + used - 1][1].strip() if index + used - 1 < len(lines) else ""
+        text += f" {more}" if more.startswith("in ") else more
         found = _RICH.match(text)
         if found is not None and found.group(3):
             return Frame(found.group(1), int(found.group(2)), found.group(3), ""), used

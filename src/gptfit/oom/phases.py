@@ -199,6 +199,8 @@ def _is_eval(frame: Frame) -> bool:
 def _is_optimizer(frame: Frame) -> bool:
     if _CLOSURE.search(frame.code):
         return False
+    if _name(frame) in ("load_state_dict", "state_dict", "_process_value_according_to_param_policy"):
+        return False
     own = bool(_OPTIMIZER_FILE.search(frame.file)) and _name(frame) not in ("scale", "backward")
     return own or bool(_OPTIMIZER_FUNCTION.fullmatch(_name(frame)) or _OPTIMIZER_CODE.search(frame.code))
 

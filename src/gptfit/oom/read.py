@@ -25,6 +25,7 @@ from gptfit.oom.hints import (
 from gptfit.oom.kinds import Kind, kind_of
 from gptfit.oom.phases import from_frames, phase_of, phase_of_text
 from gptfit.oom.runkeys import run_keys
+from gptfit.oom.signs import cards_in, collects, kept_by, offloads, steps_before
 from gptfit.oom.stream import Stream, logical_lines, squashed, stream_of
 
 __all__ = ["Frame", "OomFacts", "ShapeHint", "printable", "read_paste"]
@@ -63,6 +64,10 @@ class OomFacts:
     after it. `config` has the run's keys as the text tells them, `config_places`
     where: see `gptfit.oom.runkeys.PLACES`. `model` is the preset of a well-known model that the text names, `adapters`
     says that only a few added weights are trained. `frames` are those of the traceback that the message ends.
+    `beside_bytes` is what MPS counts beside tensors; `cards` are bytes in use and in all of each GPU that nvidia-smi
+    lists in the text; `steps` how many steps its log counts before; `kept` is the line that keeps tensors from step to
+    step, `collected` says that an evaluation failed as it collected its batches' logits, `offload` that DeepSpeed was
+    told to keep things in the computer's memory.
     """
 
     kind: str
@@ -81,6 +86,7 @@ class OomFacts:
     private_pools_bytes: int | None = None
     allowed_bytes: int | None = None
     cached_bytes: int | None = None
+    beside_bytes: int | None = None
     phase: str = "unknown"
     progress: str = ""
     frames: tuple[Frame, ...] = ()
@@ -94,6 +100,11 @@ class OomFacts:
     gpu: str = ""
     model: str = ""
     adapters: bool = False
+    cards: tuple[tuple[int, int], ...] = ()
+    steps: int = 0
+    kept: str = ""
+    collected: bool = False
+    offload: bool = False
     notes: tuple[str, ...] = ()
 
 
@@ -155,6 +166,11 @@ def read_paste(text: str) -> OomFacts:
         gpu=printable(gpu_name(texts)),
         model=model_name(texts),
         adapters=has_adapters(texts),
+        cards=cards_in(text) if "MiB" in text else (),
+        steps=steps_before(text) if kind.kind != "not_oom" else 0,
+        kept=printable(kept_by(frames)),
+        collected=collects(frames),
+        offload=kind.kind == "host_killed" and offloads(text),
         notes=tuple(notes),
         **figures,
     )

@@ -3,8 +3,19 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from gptfit.oom.enough import Prospect, fragmented, hidden_bytes, lent_bytes, unallocated_bytes
+from gptfit.oom.engines import ENGINES
+from gptfit.oom.enough import (
+    Prospect,
+    foreign_bytes,
+    fragmented,
+    hidden_bytes,
+    lent_bytes,
+    reserved_bytes,
+    spare_bytes,
+    unallocated_bytes,
+)
 from gptfit.oom.read import OomFacts
+from gptfit.oom.signs import LEAST_STEPS
 from gptfit.units import format_bytes
 
 MiB = 1 << 20
@@ -36,11 +47,17 @@ class NotRemedy:
 
 def general_remedies(facts: OomFacts, prospect: Prospect) -> list[Remedy]:
     """What follows from the text, and whether it would be enough for the run, where that is known."""
+    if facts.wording in ENGINES:
+        return [Remedy(*pair) for pair in ENGINES[facts.wording].remedies]
     if facts.kind in KIND_REMEDIES:
-        return [Remedy(*pair) for pair in KIND_REMEDIES[facts.kind]]
+        early = facts.kind == "cuda_driver" and facts.phase in ("model_load", "data")  # no step has begun
+        rows = [*([OFFLOADED] if facts.offload else []), *KIND_REMEDIES[facts.kind]]
+        return [Remedy(*pair) for pair in (rows[:1] if early else rows)]
     if facts.kind == "not_oom":
         return []
-    found = [*_limit(facts), *_lent(facts), *_others(facts, prospect), *_fragments(facts, prospect)]
+    found = [*_limit(facts), *_lent(facts), *_others(facts, prospect), *_signs(facts), *_fragments(facts, prospect)]
+    if facts.phase == "model_load":
+        found += _model_load(facts)
     if facts.phase in ("checkpoint", "model_load"):
         why = "on the card a checkpoint is there a second time, optimizer state included, until it is dropped"
         case = prospect.case
@@ -58,7 +75,40 @@ def _limit(facts: OomFacts) -> Iterator[Remedy]:
         yield Remedy("torch.cuda.set_per_process_memory_fraction(1.0)", why, total - allowed)
 
 
+# Causes that have a remedy of their own: their first words.
+FOREIGN = "something else is on the card"
+NOT_FULL = "the card was not full"
+KEPT = "something is kept from step to step"
+COLLECTED = "predictions pile up"
+POOLS = "CUDA graphs"
+TOO_LARGE = "the model alone does not fit"
+ABSURD = "more than 1EB"  # the wording
+MOSTLY = 0.6  # of the card
+
 END_OTHERS = "nvidia-smi, then end what is not needed"
+LOOK = {"hip": "rocm-smi --showpids", "xpu": "xpu-smi ps"}
+NOT_FULL_REMEDIES = {
+    "hip": (
+        ("rocm-smi --showmeminfo vram gtt", "whether the card is full as the run fails, or the computer's memory"),
+        ("dmesg | tail", "the driver says there what it could not map"),
+    ),
+    "xpu": (
+        ("UR_L0_ENABLE_RELAXED_ALLOCATION_LIMITS=1", "lets the driver make single tensors of 4 GiB and more"),
+        ("xpu-smi ps", "which processes hold the card"),
+    ),
+}
+KEPT_REMEDIES = {
+    False: (".item(), or .detach().cpu()", "on that line: a number keeps no graph"),
+    True: ("loss.backward()", "without retain_graph=True the graph is freed as backward goes"),
+}
+ALLOCATED = {"xpu": "torch.xpu.memory_allocated()", "mps": "torch.mps.current_allocated_memory()"}
+RANKS = (
+    ("nvidia-smi -l 1, beside the run as it starts", "shows what else comes onto the card, and its limits (MIG)"),
+    (
+        "torch.cuda.set_device(int(os.environ['LOCAL_RANK']))",
+        "before anything is on the GPU: else all ranks of a node share GPU 0",
+    ),
+)
 
 
 def _lent(facts: OomFacts) -> Iterator[Remedy]:
@@ -92,6 +142,48 @@ def _others(facts: OomFacts, prospect: Prospect) -> Iterator[Remedy]:
         yield Remedy(f"{END_OTHERS} and {both.change}", f"{why}; {both.why}", both.saves_bytes, True)
 
 
+def _signs(facts: OomFacts) -> Iterator[Remedy]:
+    """What the figures beside the tensor, the code in the traceback and the log before it ask for."""
+    if facts.wording == ABSURD:
+        yield Remedy("print(x.shape) before that line", "one of its sizes is negative, or not what was meant")
+        yield Remedy("the first error of each rank", "after a failed or timed out collective, what it left is garbage")
+        return
+    if foreign_bytes(facts) and facts.process_bytes is None:
+        look = LOOK.get(facts.kind, "nvidia-smi")
+        yield Remedy(f"{look}, then end what is not needed", "more is in use than PyTorch holds here", cures=FOREIGN)
+    elif spare_bytes(facts) and not (facts.other_processes_bytes or 0):
+        for change, why in NOT_FULL_REMEDIES.get(facts.kind, RANKS):
+            yield Remedy(change, why, cures=NOT_FULL)
+    if facts.kept:
+        yield Remedy(*KEPT_REMEDIES["retain_graph" in facts.kept], cures=KEPT)
+    if facts.collected:
+        yield Remedy(
+            "prediction_loss_only=True, or preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1)",
+            "one id is kept for each token instead of one logit for each word of the vocabulary",
+            cures=COLLECTED,
+        )
+        yield Remedy("eval_accumulation_steps=1", "what was collected goes to the computer's memory", cures=COLLECTED)
+    pools = facts.private_pools_bytes or 0
+    if pools and pools >= 0.2 * (facts.allocated_bytes or pools + 1):
+        why = f"without CUDA graphs their {format_bytes(pools)} are shared with everything else"
+        yield Remedy('torch.compile(model), no mode="reduce-overhead"', why, cures=POOLS)
+    if facts.steps >= LEAST_STEPS and facts.phase in ("forward", "loss", "backward", "unknown") and not facts.kept:
+        why = f"it ran {facts.steps:,} steps: what grows with each is kept; where it jumps, a sample is longer"
+        yield Remedy(f"print({ALLOCATED.get(facts.kind, 'torch.cuda.memory_allocated()')} >> 20) after each step", why)
+
+
+def _model_load(facts: OomFacts) -> Iterator[Remedy]:
+    """A model that is larger than what is left: fewer bytes a parameter, or parts of it elsewhere."""
+    held, total = reserved_bytes(facts) or 0, facts.total_bytes or 0
+    if not total or held < MOSTLY * total:
+        return
+    yield Remedy("from_pretrained(..., dtype=torch.bfloat16)", "2 bytes a parameter instead of 4", cures=TOO_LARGE)
+    why = "half a byte a parameter: for inference, and for LoRA"
+    yield Remedy("BitsAndBytesConfig(load_in_4bit=True)", why, cures=TOO_LARGE)
+    why = "what does not fit goes to other cards, then to the computer's memory, which is slow"
+    yield Remedy("from_pretrained(..., device_map='auto')", why, cures=TOO_LARGE)
+
+
 def _fragments(facts: OomFacts, prospect: Prospect) -> Iterator[Remedy]:
     """Expandable segments: where they are enough, and where what is reserved and unused would go some way."""
     tried, unallocated = facts.tried_bytes or 0, unallocated_bytes(facts) or 0
@@ -108,6 +200,10 @@ def _expanded(facts: OomFacts, prospect: Prospect, more: int = 0) -> Remedy | No
     if case is not None and case.run.expandable_segments:
         return None
     old = facts.wording in ("torch<1.4", "torch1.x")
+    if facts.wording == "torch<1.4":
+        why = f"{format_bytes(unallocated)} are cached in pieces that this tensor cannot use, nor this torch join"
+        change = "torch 2.1 or later, with PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"
+        return Remedy(change, why, unallocated + more, cures=FRAGMENTATION if fragmented(facts) else "")
     name = "PYTORCH_ALLOC_CONF" if facts.wording == "torch2.9" else ALLOC_CONF[facts.kind]
     setting = "max_split_size_mb:512" if old else "expandable_segments:True"
     saves = unallocated + more
@@ -122,6 +218,14 @@ ALLOC_CONF = {
     "per_process_limit": "PYTORCH_CUDA_ALLOC_CONF",
     "hip": "PYTORCH_HIP_ALLOC_CONF",
 }
+OFFLOADED = (
+    "DeepSpeed: offload_optimizer to none, or to nvme",
+    "offloaded, each parameter takes some 16 bytes of the computer's memory, on all ranks of the node together",
+)
+HOLDERS = (
+    "nvidia-smi, then CUDA_VISIBLE_DEVICES=<another>",
+    "which processes hold the card: if it is full before this one begins, end them or take another card",
+)
 KIND_REMEDIES: dict[str, tuple[tuple[str, str], ...]] = {
     "host_ram": (
         ("fewer DataLoader workers (num_workers=2)", "each worker is a process with its own copy of what it touches"),
@@ -149,8 +253,20 @@ KIND_REMEDIES: dict[str, tuple[tuple[str, str], ...]] = {
     ),
     "cublas": (
         ("free some hundred MiB: a smaller micro-batch", "cuBLAS needs a workspace of 8 to 32 MiB for each thread"),
+        HOLDERS,
+        ("CUDA_LAUNCH_BLOCKING=1", "if the card has room: an index out of range before it shows as this error, too"),
     ),
-    "cudnn": (("free some hundred MiB: a smaller micro-batch", "cuDNN takes its workspace when a layer runs first"),),
+    "cudnn": (
+        ("free some hundred MiB: a smaller micro-batch", "cuDNN takes its workspace when a layer runs first"),
+        HOLDERS,
+    ),
+    "cuda_driver": (
+        HOLDERS,
+        (
+            "leave some hundred MiB free: a smaller micro-batch",
+            "kernels, graphs and libraries take memory from the driver, not from PyTorch's allocator",
+        ),
+    ),
     "nccl": (
         (
             "leave 1 GiB free: a smaller micro-batch",

@@ -33,7 +33,39 @@ INDEX = (
 )
 NCCL_FAULT = "NCCL was called wrongly or lost a peer; the first error of another rank says why"
 
+# An allocator that is not torch's. Its wording is a name in `gptfit.oom.engines`.
+_GGML = r"(?:ggml|llama_(?:model_load|new_context|kv_cache|init)|llamarunner)"
+
 RULES: tuple[Rule, ...] = (
+    _rule(
+        ALLOCATOR,
+        "cuda_driver",
+        "TPU",
+        r"atthebottomofmemory|device=tpu:\d{1,4}:resource_exhausted|inmemoryspacehbm|tpu_execute_op.{0,60}resource_exhausted",
+    ),
+    _rule(ALLOCATOR, "host_ram", "TensorFlow", r"oomwhenallocatingtensor[^|]{0,200}?byallocator(?:cpu|mklcpu)"),
+    _rule(ALLOCATOR, "hip", "TensorFlow", r"rocm_driver.{0,60}failedtoalloc(?:ate)?\d|fromdevice:hip"),
+    _rule(
+        ALLOCATOR,
+        "cuda_driver",
+        "TensorFlow",
+        r"oomwhenallocatingtensor|allocator\(gpu_\d{1,2}_bfc\)ranoutofmemory|cuda_driver\.cc:\d{1,5}\]?failedtoallocate"
+        r"|tensorflow.{0,80}resourceexhaustederror|failedtoallocate[\d.]{1,12}[kmg]\(\d{1,20}bytes\)fromdevice",
+    ),
+    _rule(
+        ALLOCATOR,
+        "cuda_driver",
+        "JAX",
+        r"resource_?exhausted:(?:outofmemory|failedtoallocate)|xlaruntimeerror:resource_exhausted",
+    ),
+    _rule(ALLOCATOR, "cuda_driver", "PaddlePaddle", r"outofmemoryerroron(?:gpu|npu|xpu)"),
+    _rule(
+        ALLOCATOR,
+        "cuda_driver",
+        "llama.cpp",
+        rf"{_GGML}.{{0,120}}?(?:cudamallocfailed|outofmemory|unabletoallocate\w{{1,12}}buffer)|outofmemory.{{0,200}}?ggml-?cuda",
+    ),
+    _rule(ALLOCATOR, "mps", "MLX", r"metal::malloc|\[metal\]commandbuffer"),
     _rule(ALLOCATOR, "mps", "MPS backend out of memory", r"mpsbackendoutofmemory"),
     _rule(
         ALLOCATOR, "mps", "Invalid buffer size", rf"invalidbuffersize:{_SIZE}|kiogpucommandbuffercallbackerroroutofmem"
@@ -91,7 +123,7 @@ RULES: tuple[Rule, ...] = (
         r"insufficientsharedmemory|outofsharedmemory|unabletoopensharedmemory"
         r"|unabletoallocatesharedmemory|unabletowritetofile<?/torch_|unabletommap\d{0,15}bytesfromfile<?/torch_"
         r"|sharedmemorysegment.{0,30}/dev/shm|/dev/shm.{0,120}(?:nospaceleft|full|100%)|nospaceleftondevice.{0,80}/dev/shm"
-        r"|buserror|raiseyoursharedmemorylimit",
+        r"|buserror|sigbus|raiseyoursharedmemorylimit|(?:exitcode|returncode)[:=]?-7(?!\d)",
     ),
     _rule(
         FAILED,
@@ -119,14 +151,29 @@ RULES: tuple[Rule, ...] = (
         "DefaultCPUAllocator",
         r"defaultcpuallocator|notenoughmemory:youtriedtoallocate|buynewram",
     ),
-    _rule(PINNED, "host_ram", "pinned memory", r"cudahostalloc|cudahostregister|hiphostmalloc|failedtoallocatepinned"),
+    _rule(
+        PINNED,
+        "host_ram",
+        "pinned memory",
+        r"cudahostalloc|cudahostregister|hiphostmalloc|failedtoallocatepinned|allocatepinnedhost"
+        r"|failedtoalloc(?:ate)?\d{1,20}bytesonhost|inpinmemorythread.{0,1500}cudaerror:outofmemory",
+    ),
+    _rule(FAILED, "cuda_driver", "bitsandbytes", r"outofmemoryatline\d{1,6}infile"),
+    _rule(
+        FAILED,
+        "per_process_limit",
+        "vLLM",
+        r"noavailablememoryforthecacheblocks|tokensthatcanbestoredinkvcache|kvcacheisneeded,whichislarger"
+        r"|freememoryondevice.{0,80}lessthandesiredgpumemoryutilization",
+    ),
     _rule(
         FAILED,
         "host_ram",
         "MemoryError",
         rf"(?<!outof)memoryerror(?!:cuda|:hip|:xpu|:mps)|unabletoallocate{_SIZE}|std::bad_alloc|can(?:no)?tallocatememory"
-        r"|\[errno12\]|winerror1455|pagingfileistoosmall|页面文件太小|unabletommap",
+        r"|\[errno12\]|unabletommap",
     ),
+    _rule(FAILED, "host_ram", "paging file", r"winerror1455|pagingfileistoosmall|页面文件太小"),
     _rule(
         FAILED,
         "cuda_driver",
@@ -140,7 +187,13 @@ RULES: tuple[Rule, ...] = (
         r"cudaerror:?outofmemory|cuda_error_out_of_memory|cudaerrormemoryallocation|cudaruntimeerror\(2\):outofmemory"
         r"|cudafailedwitherroroutofmemory|cudamalloc\w{0,10}failed:?outofmemory|tritonerror\[cuda\]:outofmemory"
         r"|(?:cusolver|cusparse|cufft|curand|cublaslt|cutensor)_?(?:status_)?(?:alloc_failed|allocation_failed)"
-        r"|resource_exhausted:outofmemory|enginecudaoutofmemory",
+        r"|enginecudaoutofmemory",
+    ),
+    _rule(
+        KILLED,
+        "host_killed",
+        "Ray",
+        r"killedduetothenoderunninglowonmemory|killedduetomemorypressure|ray_memory_usage_threshold",
     ),
     _rule(
         KILLED,
@@ -148,12 +201,23 @@ RULES: tuple[Rule, ...] = (
         "killed",
         r"oom-kill|oom_kill|oomkilled|outofmemory:killed?process|killedprocess\d{1,9}"
         r"|exit(?:ed)?(?:with)?(?:code|status):?[ (]?(?:137|-9)(?!\d)"
-        r"|exitcode-?:?(?:137|-9)(?!\d)|returncode:?-?9(?!\d)|(?:non-zeroexitstatus|returned)-?:?(?:137|-9)(?!\d)|signal:?9(?!\d)"
-        r"|(?<!via)(?<!viasignals\.)sigkill|killedbysignal:killed|workerexitedunexpectedly"
-        r"|worker\(pid\(?s?\)?[\d,]{1,60}\)exited"
+        r"|exitcode-?:?(?:137|-9)(?!\d)|returncode[:=]?(?:-9|137)(?!\d)|(?:non-zeroexitstatus|returned)-?:?(?:137|-9)(?!\d)|signal:?9(?!\d)"
+        r"|(?<!via)(?<!viasignals\.)sigkill(?!_handler)|killedbysignal:killed"
         r"|cgroupout-of-memory|task\d{1,5}:outofmemory|exceeded(?:job|step)?memorylimit|term_memlimit"
         r"|memory(?:cgroup)?outofmemory|nodewaslowonresource:memory|nodereunninglowonmemory|noderunninglowonmemory"
-        r"|usingallavailableram|kernelappearstohavedied|jobkilled:.{0,20}mem",
+        r"|kernelappearstohavedied|jobkilled:.{0,20}mem",
+    ),
+    _rule(
+        KILLED,
+        "host_killed",
+        "a notebook's memory",
+        r"usingallavailableram|triedtoallocatemorememorythanisavailable|crashedafterusingallavailable",
+    ),
+    _rule(
+        KILLED,
+        "host_killed",
+        "a data loader's worker ended",
+        r"workerexitedunexpectedly|worker\(pid\(?s?\)?[\d,]{1,60}\)exited",
     ),
     _rule(OTHER, "not_oom", "device-side assert", r"device-sideassert", f"a kernel's check failed on the GPU: {INDEX}"),
     _rule(
@@ -236,6 +300,14 @@ RULES: tuple[Rule, ...] = (
         "SIGSEGV",
         r"sigsegv|segmentationfault|exitcode-?:?-11(?!\d)|signal:?11(?!\d)|0xc0000005",
         "a program's own fault (a segmentation fault), in a compiled library mostly",
+    ),
+    _rule(
+        OTHER,
+        "not_oom",
+        "a data loader's worker was ended",
+        r"killedbysignal:(?:terminated|hangup|interrupt)",
+        "a data loader's worker was told to end, by a scheduler, a person, or as the main process ended: its error is "
+        "further up",
     ),
     _rule(OTHER, "not_oom", "KeyboardInterrupt", r"keyboardinterrupt|sigint", "someone ended it with Ctrl-C"),
 )

@@ -1,0 +1,73 @@
+"""What a paste shows beside its message: cards that nvidia-smi lists, how many steps ran before, code that keeps
+tensors from step to step."""
+
+import re
+from collections.abc import Sequence
+
+from gptfit.oom.frames import Frame
+from gptfit.oom.pattern import lazy
+
+MiB = 1 << 20
+LAST = 20_000  # characters before the message in which a log tells the step
+LEAST_STEPS = 20  # by then every tensor of a step has been made, its optimizer's state too
+
+_CARD = lazy(r"(?<![\d.])(\d{1,7})MiB\s{0,4}/\s{0,4}(\d{3,7})MiB")
+_MESSAGE = lazy(r"out of memory|tried to allocate", re.I)
+_STEP = lazy(
+    r"\b(?:iter(?:ation)?|(?:global_|train_?)?step|batch)[\"']?\s{0,2}[:= ]\s{0,4}(\d{1,9})(?![\d.]*[%x])", re.I
+)
+_BAR = lazy(r"([^\n\r|]{0,60})\|\s{0,3}(\d{1,9})/(\d{1,9}) \[\d{1,3}:\d\d[^\]\n\r]{0,60}(?:it/s|s/it|step/s|ba/s)")
+_NO_STEPS = lazy(
+    r"map|load|download|token|generat|process|filter|fetch|shard|extract|pack|convert|sanity|valid|eval", re.I
+)
+
+_NUMBER = r"(?:\.(?:item|detach|cpu|numpy|tolist|data)\b|float\()"
+# `total += loss` keeps the graph of each step; so does what is appended as it is.
+_KEPT = (
+    lazy(
+        r"^(?:self\.)?\w*(?:loss|losses|running|total)\w*(?:\[.{1,30}\])?\s?\+=\s?"
+        rf"(?!.*{_NUMBER})\w*loss\w*"
+    ),
+    lazy(rf"\.append\(\s?(?!.*{_NUMBER})(?:self\.)?\w*(?:loss|logits|output|pred|hidden)\w*"),
+    lazy(r"\bretain_graph\s?=\s?True"),
+)
+# A Trainer that collects what the model returns for each batch of an evaluation.
+_COLLECTED = lazy(r"\bnested_concat\(|\b(?:all_)?(?:preds?|logits)(?:_host)?\s?=\s?.{0,60}(?:torch\.cat\(|\bcat\()")
+_OFFLOAD = lazy(r"offload_(?:optimizer|param|opt)|ZeRoOffload|zero\d?_offload|DeepSpeedCPUAdam|cpu_offload")
+
+
+def cards_in(text: str) -> tuple[tuple[int, int], ...]:
+    """Bytes in use and in all of each GPU, in nvidia-smi's order; of the first table in the text."""
+    found: list[tuple[int, int]] = []
+    for match in _CARD.finditer(text[-200_000:]):
+        found.append((int(match.group(1)) * MiB, int(match.group(2)) * MiB))
+    return tuple(found[:16])
+
+
+def steps_before(text: str) -> int:
+    """The steps that a log counts up to the first message, 0 where it counts none. A bar of something else (a map over
+    a data set, shards of a model) is no step."""
+    message = _MESSAGE.search(text)
+    end = message.start() if message is not None else len(text)
+    log = text[max(0, end - LAST) : end]
+    counted = [(match.start(), int(match.group(1))) for match in _STEP.finditer(log)]
+    for match in _BAR.finditer(log):
+        if match.group(2) != match.group(3) and not _NO_STEPS.search(match.group(1)):
+            counted.append((match.start(), int(match.group(2))))
+    return max(counted)[1] if counted else 0
+
+
+def kept_by(frames: Sequence[Frame]) -> str:
+    """The line of the traceback that keeps a tensor and its graph from step to step, or ""."""
+    lines = [frame.code for frame in frames if frame.code]
+    return next((line for line in lines for pattern in _KEPT if pattern.search(line)), "")
+
+
+def offloads(text: str) -> bool:
+    """Whether DeepSpeed keeps optimizer state or parameters in the computer's memory."""
+    return _OFFLOAD.search(text[-200_000:]) is not None
+
+
+def collects(frames: Sequence[Frame]) -> bool:
+    """Whether an evaluation failed as it put the logits of one more batch to those of the batches before."""
+    return any(frame.function.endswith("nested_concat") or _COLLECTED.search(frame.code) for frame in frames)
