@@ -5,7 +5,6 @@ reference on it gives the free, at the instant at which CPython and torch's refe
 Views and in-place ops bring no new storage, so they write nothing.
 """
 
-import sys
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,22 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._ops import HigherOrderOperator
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from gptfit.cuda_dispatch import INTO_ZEROS, KERNELS, accumulates, as_cuda_gives, called_by_engine, holders, is_dense
 from gptfit.errors import GptfitError
+from gptfit.knownvalues import KnownValues
 from gptfit.memory.tape import Buffer, Event, Item, Mark, rounded
 from gptfit.valueread import reader
 
 aten = torch.ops.aten
-
-# Formulas of gradients that write into zeros, and make a copy instead for tensors that run Python, as fake ones do
-# (areAnyTensorSubclassLike in TensorAdvancedIndexing.cpp, ReduceOpsUtils and FunctionsManual.cpp).
-INTO_ZEROS = {
-    aten.scatter.src: aten.scatter_.src,
-    aten.scatter_add.default: aten.scatter_add_.default,
-    aten.index_put.default: aten.index_put_.default,
-}
 
 
 @dataclass(slots=True, eq=False)
@@ -63,7 +57,8 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.logits = logits
         self.notes: list[Note] = []
-        self.readers: set[str] = set()  # code that read a value
+        self.values = KnownValues()
+        self.readers: set[str] = set()  # code that read a value that is not known
         self.alive: dict[int, Allocation] = {}  # by the address of the storage
         self.phase = "setup"
         self.path: list[str] = []
@@ -104,13 +99,43 @@ class Recorder(TorchDispatchMode):
                 return aten.add_.Tensor(*args)
             if func in INTO_ZEROS and self.key(args[0]) == self.zeros:
                 return INTO_ZEROS[func](*args, **kwargs)
-        out = as_cuda_gives(func, func(*args, **kwargs))
+        out = as_cuda_gives(func, self.call(func, args, kwargs))
+        self.values.follow(func, args, kwargs, out)
         if func is aten.new_zeros.default:
             self.zeros = self.key(out)
         on_host = self.making_on_host or (bool(self.host) and self.all_on_host(args))
         for tensor in tensors_in(out):
             self.see(tensor, on_host)
         return out
+
+    def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What `func` returns, also where that hangs on values, if they are known."""
+        try:
+            return KERNELS.get(func, func)(*args, **kwargs)
+        except DataDependentOutputException:
+            if not self.values.all_of(args):
+                raise
+            return self.values.run(func, args, kwargs)
+        except DynamicOutputShapeException:
+            if func is aten.masked_select.default:
+                x, mask = torch.broadcast_tensors(*args)
+                func, args = aten.index.Tensor, (x, [mask])
+            if func is aten.index.Tensor:
+                return func(args[0], self.selected(args[1]))
+            if not self.values.all_of(args):
+                raise
+            made = self.values.run(func, args, kwargs)
+            return tuple(map(torch.empty_like, made)) if isinstance(made, tuple) else torch.empty_like(made)
+
+    def selected(self, indices: list[Any]) -> list[Any]:
+        """Masks among the indices as the positions that they select, which is what CUDA's kernel makes of them, too."""
+        numbers: list[Any] = []
+        for index in indices:
+            if isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8):
+                numbers += self.__torch_dispatch__(aten.nonzero.default, (), (index,)).unbind(1)
+            else:
+                numbers.append(index)
+        return numbers
 
     def held_alone(self, old: Tensor, new: Tensor) -> bool:
         """Whether the engine would add `new` into `old`: it does so into a dense gradient that nobody else holds
@@ -159,8 +184,10 @@ class Recorder(TorchDispatchMode):
         self.targets = self.key(inputs[-1]) if len(inputs) > 1 else None
 
     def scalar(self, tensor: Tensor) -> float | int:
-        """Stands for `.item()` behind a backward, where an optimizer reads its step counter, or code what it prints.
+        """Stands for `.item()`: the value if it is known. Behind a backward, where code reads what it prints, 1.
         Raises GptfitError before: a branch or a shape of the step would depend on it."""
+        if self.values.of(tensor) is not None:
+            return self.values.run(aten._local_scalar_dense.default, (tensor,), {})
         if self.phase != "optimizer":
             raise GptfitError(
                 f"cannot trace .item() or a branch on a tensor{self.here()}: a trace has no values",
@@ -361,39 +388,3 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, list | tuple):
         for part in value:
             yield from tensors_in(part)
-
-
-def as_cuda_gives(func: Any, out: Any) -> Any:
-    """`out` in the dtypes that CUDA's kernel has, where they differ: layer_norm's statistics are in fp32 there."""
-    if func is aten.native_layer_norm.default and out[1].dtype in (torch.bfloat16, torch.float16):
-        return out[0], out[1].float(), out[2].float()
-    return out
-
-
-def accumulates(func: Any, args: tuple[Any, ...]) -> bool:
-    """Whether this op, called by the autograd engine, is its own sum of two gradients that arrived for one tensor."""
-    return func is aten.add.Tensor and len(args) == 2 and isinstance(args[1], Tensor)
-
-
-def called_by_engine() -> bool:
-    """Whether C++ code calls the op that is dispatched: it calls no Python in between, while a backward written in
-    Python would be the nearest frame."""
-    return sys._getframe(2).f_code.co_filename.endswith("torch/autograd/graph.py")
-
-
-def holders(tensor: Tensor) -> tuple[int, int, int]:
-    """References to the tensor in C++ and in Python, and to its storage."""
-    storage_uses = torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)  # pyright: ignore[reportAttributeAccessIssue]
-    return tensor._use_count(), sys.getrefcount(tensor), storage_uses  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def is_dense(tensor: Tensor) -> bool:
-    """Non-overlapping and dense: its elements fill its storage's stretch once."""
-    expected = 1
-    for stride, size in sorted(
-        (stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1
-    ):
-        if stride != expected:
-            return False
-        expected *= size
-    return True
