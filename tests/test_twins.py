@@ -35,6 +35,7 @@ OURS = [
     {"loss_chunk_size": 100},
     {"activation_checkpointing": "block"},
     {"activation_checkpointing": "block", "checkpoint_every": 2, "n_layer": 5},
+    {"activation_checkpointing": "block", "attention": "math", "dropout": 0.1, "n_embd": 32, "block_size": 128},
     {"activation_checkpointing": "attention", "n_kv_head": 2, "qk_norm": True, "position": "rope"},
     {"activation_checkpointing": "attention", "checkpoint_every": 2, "n_layer": 5},
     {"activation_offload": True, **LARGE},

@@ -248,13 +248,14 @@ class Writer:
         body, self.items = self.items, outer
         self.items.append(Loop(n, body, numbered=False))
 
-    def backward(self, nodes: list[Node], grads: dict[Node, Tensor]) -> None:
+    def backward(self, nodes: list[Node], grads: dict[Node, Tensor], to_saved: bool = False) -> None:
         """Runs `nodes` from the last to the first, as torch's engine does: a node's saved tensors go
-        when it has run, gradients of parameters are accumulated as soon as they are complete.
+        when it has run, gradients of parameters are accumulated as soon as they are complete. `to_saved`: up to the
+        first that has saved any.
 
-        `grads` holds the gradients that have arrived, and afterwards those for nodes not in `nodes`.
+        `grads` holds the gradients that have arrived, and afterwards those for nodes that have not run.
         """
-        while nodes:
+        while nodes and not (to_saved and nodes[-1].saved):
             node = nodes.pop()
             if node not in grads or node.backward is None:
                 grads.pop(node, None)

@@ -135,7 +135,7 @@ class Eager(Program):
 
     def checkpointed(self, x: Tensor, body: Callable[[Tensor], Tensor]) -> Tensor:
         """torch.utils.checkpoint, not re-entrant: forward keeps the input alone; when backward first asks for
-        a saved tensor, `body` is run again."""
+        a saved tensor, `body` is run again. What asks for none has run before."""
         w = self.w
         w.grad_enabled = False
         y = body(x)
@@ -144,11 +144,15 @@ class Eager(Program):
 
         def backward(grad: Tensor, saved: tuple[Storage, ...]) -> list[Tensor]:
             outer, w.nodes, position, flops = w.nodes, [], w.shift, w.flops
+            before, w.items = w.items, []
             entry = ops.placeholder()
             again = body(Tensor(saved[0], buffer.shape, buffer.dtype, entry))
             assert again.node is not None
             grads = {again.node: grad}
             del again, grad
+            rerun, w.items = w.items, before
+            w.backward(w.nodes, grads, to_saved=True)
+            w.items += rerun
             w.backward(w.nodes, grads)
             # The model's FLOPs do not count what is computed twice.
             w.nodes, w.shift, w.flops = outer, position, flops
