@@ -168,22 +168,23 @@ def save_run(run: RunConfig, path: str | Path, header: str = "") -> None:
 
     A key that follows another (n_kv_head follows n_head) and was not set on its own is written as a
     comment, so that it still follows when the file is read with an override. The file is written
-    beside and renamed: `path` holds the old text or the new, never half. Raises GptfitError where
-    it cannot be written.
+    beside and renamed: `path`, or what it is a link to, holds the old text or the new, never half.
+    Raises GptfitError where it cannot be written.
     """
     path = Path(path)
     if path.suffix.lower() not in (".yaml", ".yml"):
         raise GptfitError(
             f'cannot save a run as "{shown(path, 200)}": expected a name in .yaml', "for example run.yaml"
         )
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        target = Path(os.path.realpath(path))
+        beside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
         try:
             with beside.open("w", encoding="utf-8", newline="\n") as file:
                 file.write(format_run(run, header))
                 file.flush()
                 os.fsync(file.fileno())
-            beside.replace(path)
+            beside.replace(target)
         finally:
             beside.unlink(missing_ok=True)
     except (OSError, ValueError) as error:
