@@ -23,6 +23,7 @@ from gptfit.oom.remedies import (
     KEPT,
     MOSTLY,
     NOT_FULL,
+    ON_FULL_CARD,
     POOLS,
     TOO_LARGE,
 )
@@ -64,12 +65,13 @@ def cause_of(facts: OomFacts, prospect: Prospect, tensor: tensors.Tensor | None,
     allowed = getattr(facts, "allowed_bytes", None)
     if allowed is not None and total is not None and allowed < total:
         return f"a limit of {format_bytes(allowed)} is set for this process, below what the card has"
-    return _by_figures(facts, prospect) or _by_signs(facts, prospect) or _beside(instant) or _by_phase(facts, tensor)
+    signs = _by_signs(facts, prospect) if instant is None else ""  # else the tape says what took the room
+    return _by_figures(facts, prospect) or signs or _beside(instant) or _by_phase(facts, tensor)
 
 
 def _full_by_table(facts: OomFacts) -> str:
     """Where the driver or a library had no room: what nvidia-smi says of the card, if it is in the text."""
-    if facts.kind not in ("cuda_driver", "cublas", "cudnn", "nccl") or not facts.cards:
+    if facts.kind not in ON_FULL_CARD or not facts.cards:
         return ""
     index = facts.device_index or 0
     used, total = facts.cards[index] if index < len(facts.cards) else (0, 0)
@@ -93,11 +95,6 @@ def _by_figures(facts: OomFacts, prospect: Prospect) -> str:
         told = "this would have fitted" if fits else "there would have been room for this tensor"
         more = ", but not for the whole run" if fits is False else ""
         return f"other processes hold {format_bytes(others)} of the card; without them {told}{more}"
-    if foreign := foreign_bytes(facts):
-        return (
-            f"{FOREIGN}: at least {format_bytes(foreign)} are neither free nor PyTorch's here: another process (a rank "
-            "on the same GPU, a notebook, a desktop, another container)"
-        )
     if spare := spare_bytes(facts):
         return f"{NOT_FULL}: {_spare(facts, spare)}"
     if fragmented(facts) and facts.kind in ALLOC_CONF and not (case and case.run.expandable_segments):
@@ -131,7 +128,12 @@ def _spare(facts: OomFacts, spare: int) -> str:
 
 
 def _by_signs(facts: OomFacts, prospect: Prospect) -> str:
-    """What the code in the traceback and the log before it say."""
+    """What nobody accounts for, then what the code in the traceback and the log before it say."""
+    if foreign := foreign_bytes(facts):
+        return (
+            f"{FOREIGN}: at least {format_bytes(foreign)} are neither free nor PyTorch's here: another process (a rank "
+            "on the same GPU, a notebook, a desktop, another container)"
+        )
     if facts.kept:
         return f"{KEPT}: `{facts.kept[:60]}` keeps a tensor and what its backward needs"
     if facts.collected:

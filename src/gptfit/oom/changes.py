@@ -101,6 +101,8 @@ def worded_remedies(facts: OomFacts, trainer: Trainer, logits: bool) -> list[Rem
     batch = facts.config.get("batch_size")
     sizes = _sizes(batch // 2, facts) if isinstance(batch, int) and batch > 1 else {}
     done = {lever for lever, key, values in DONE if facts.config.get(key) in values}
+    if not logits and not trainer.title:  # it may be no language model
+        done |= {"chunked", "block"}
     words = {**trainer.words, "batch": (trainer.batch, "a step's peak is that of one micro-batch; its tokens stay")}
     return [Remedy(*spelled(words[name], **sizes)) for name in names if name in words and name not in done]
 

@@ -13,13 +13,13 @@ from gptfit.oom.causes import cause_of, summary_of
 from gptfit.oom.changes import Failure, run_remedies, worded_remedies
 from gptfit.oom.container import seen_from_outside
 from gptfit.oom.engines import ENGINES
-from gptfit.oom.enough import Prospect, foreign_bytes, hidden_bytes, lent_bytes, missing_bytes, reserved_bytes
-from gptfit.oom.failed_run import BATCH, MODEL, FailedRun, failed_run
+from gptfit.oom.enough import Prospect, hidden_bytes, lent_bytes, missing_bytes, reserved_bytes
+from gptfit.oom.failed_run import BATCH, MODEL, TOLD, FailedRun, failed_run
 from gptfit.oom.folk import folk_advice
 from gptfit.oom.instant import SLACK, Instant, find_instant
 from gptfit.oom.read import OomFacts, read_paste
 from gptfit.oom.remedies import ABSURD, KIND_REMEDIES, NotRemedy, Remedy, general_remedies
-from gptfit.oom.trainers import TRAINERS, Trainer, trainer_of
+from gptfit.oom.trainers import ANY, TRAINERS, Trainer, trainer_of
 from gptfit.units import format_bytes
 
 FIGURES = (
@@ -41,13 +41,15 @@ OFF_THE_CARD = frozenset(("not_oom", "host_ram", "host_killed", "shm", "triton_s
 OF_A_TENSOR = frozenset(("cuda_caching_allocator", "hip", "xpu", "mps", "cuda_async_allocator", "per_process_limit"))
 
 
+NO_STEP = frozenset(("model_load", "checkpoint", "data"))
 EXACT = frozenset(("unknown", *(name for name, trainer in TRAINERS.items() if trainer.exact)))
 
 
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
     """What `gptfit explain-oom` answers. `trainer` is whose code the text is of, `program` whose tape stands for it;
-    `instant` is None where the run is not known, or makes no such tensor; `missing` are the sizes that nobody told."""
+    `instant` is None where the run is not known, or makes no such tensor; `missing` are the sizes that nobody told.
+    `title` says in whose words the remedies are."""
 
     facts: OomFacts
     tensor: tensors.Tensor | None
@@ -61,6 +63,7 @@ class Diagnosis:
     recognised: Mapping[str, object]
     instant: Instant | None
     missing: frozenset[str]
+    title: str
 
     @property
     def heading(self) -> str:
@@ -74,8 +77,9 @@ class Diagnosis:
         """In whose words the remedies are; "" where they are not about a trainer's code."""
         if self.facts.kind not in OF_A_TENSOR or not _of_a_step(self.facts):
             return ""
-        title = trainer_of(self.trainer).title
-        return f"in the words of {title}" + ("" if self.trainer in TRAINERS else ": nothing tells whose code ran")
+        words = f"in the words of {self.title}" if self.title else ""
+        nobody = "" if self.trainer in TRAINERS else "nothing tells whose code ran"
+        return ": ".join(part for part in (words, nobody) if part)
 
     def to_json(self) -> dict[str, object]:
         facts, tensor, instant = self.facts, self.tensor, self.instant
@@ -122,7 +126,7 @@ def diagnose(facts: OomFacts, failed: FailedRun | None = None, program: str | No
     case = _case(failed, trainer, facts.progress == "first", warnings) if _of_a_step(facts) else None
     known = case is not None and failed is not None and failed.model_known
     tensor = _tensor(facts, case, known)
-    if facts.kind == "cuda_driver" and not known:
+    if not known and (facts.kind == "cuda_driver" or _of_anything(facts, failed, program)):
         case = None
     if case is not None and not trainer.exact and (not known or facts.adapters):
         why = "a few added weights are trained" if facts.adapters else "the text does not tell the model's shape"
@@ -145,18 +149,14 @@ def diagnose(facts: OomFacts, failed: FailedRun | None = None, program: str | No
     room = _room(facts, trainer, instant) if case is not None and known else None
     prospect = Prospect(case if known else None, room, missing_bytes(facts), within)
     hidden = hidden_bytes(facts)
-    if facts.process_bytes is None and hidden >= LEAST_HIDDEN and not foreign_bytes(facts):
+    if facts.process_bytes is None and hidden >= LEAST_HIDDEN:
         warnings.append(
             f"{format_bytes(hidden)} of the card are neither free nor reserved nor of a process named: {HIDDEN}"
         )
     cause = cause_of(facts, prospect, tensor, instant)
-    remedies = general_remedies(facts, prospect)
-    of_run = _of_a_step(facts) and facts.phase not in ("model_load", "checkpoint", "data")
-    if case is not None and of_run:
-        remedies += run_remedies(Failure(case, trainer, within, instant, prospect))
-    elif of_run and facts.kind not in KIND_REMEDIES:
-        logits = tensor is not None and tensor.name.startswith(("logits", "cross entropy"))
-        remedies += worded_remedies(facts, trainer, logits)
+    failure = Failure(case, trainer, within, instant, prospect) if case is not None else None
+    spoken = ANY if case is None and program is None and facts.program not in TRAINERS else trainer
+    remedies = [*general_remedies(facts, prospect), *_of_the_run(facts, failure, spoken, tensor)]
     if case is not None and not trainer.exact:
         warnings.append(
             f"the figures are those of the same model in gptfit's code, eager unless told; {trainer.title} keeps more "
@@ -175,7 +175,28 @@ def diagnose(facts: OomFacts, failed: FailedRun | None = None, program: str | No
         recognised=dict(facts.config),
         instant=instant,
         missing=_missing(facts, failed, trainer),
+        title=spoken.title,
     )
+
+
+def _of_the_run(
+    facts: OomFacts, failure: Failure | None, spoken: Trainer, tensor: tensors.Tensor | None
+) -> list[Remedy]:
+    """Changes to the run: with figures where it is known, else in words."""
+    if not _of_a_step(facts) or facts.phase in NO_STEP:
+        return []
+    if failure is not None:
+        return run_remedies(failure)
+    if facts.kind in KIND_REMEDIES:
+        return []
+    logits = tensor is not None and tensor.name.startswith(("logits", "cross entropy"))
+    return worded_remedies(facts, spoken, logits)
+
+
+def _of_anything(facts: OomFacts, failed: FailedRun | None, program: str | None) -> bool:
+    """Whether nothing says that it was a GPT: no trainer, none of a GPT's sizes but a batch."""
+    told = failed.told if failed is not None and not failed.from_file else TOLD
+    return program is None and facts.program not in TRAINERS and not told & (TOLD - {"batch_size"})
 
 
 def _folk(facts: OomFacts) -> bool:
@@ -185,12 +206,9 @@ def _folk(facts: OomFacts) -> bool:
 
 def _missing(facts: OomFacts, failed: FailedRun | None, trainer: Trainer) -> frozenset[str]:
     """Sizes with which more could be said."""
-    if (
-        not _of_a_step(facts)
-        or facts.phase == "data"
-        or facts.kind == "cuda_driver"
-        or (facts.adapters and not trainer.exact)
-    ):
+    foreign = facts.adapters or facts.phase == "model_load"  # of a model that is not what gptfit's twins are of
+    exact = trainer.exact and facts.program in TRAINERS
+    if not _of_a_step(facts) or facts.kind == "cuda_driver" or facts.phase == "data" or (foreign and not exact):
         return frozenset()
     return failed.missing if failed else MODEL | BATCH
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from gptfit.levers import with_micro_batch
 from gptfit.oom.case import Case
-from gptfit.oom.remedies import NotRemedy, Remedy
+from gptfit.oom.remedies import ON_FULL_CARD, NotRemedy, Remedy
 from gptfit.units import format_bytes
 
 MiB = 1 << 20
@@ -34,7 +34,8 @@ def folk_advice(
     if case is None:
         yield NotRemedy("float16 instead of bfloat16", "both take 2 bytes an element: nothing is saved")
         device = kind if kind in ("mps", "xpu") else "cuda"
-        yield NotRemedy(f"torch.{device}.empty_cache()", EMPTY_CACHE)
+        if kind not in ON_FULL_CARD:  # there it gives the driver something back
+            yield NotRemedy(f"torch.{device}.empty_cache()", EMPTY_CACHE)
         return
     if case.run.dtype != "float32" and case.run.param_dtype == "float32":
         other = "float16" if case.run.dtype == "bfloat16" else "bfloat16"
@@ -48,7 +49,8 @@ def folk_advice(
         if delta is not None and delta > -MiB:
             why = f"eager keeps float32 copies and more activations: the whole run {_effect(delta)}"
             yield NotRemedy("compile=False", why)
-    yield NotRemedy("torch.cuda.empty_cache()", EMPTY_CACHE)
+    if kind not in ON_FULL_CARD:
+        yield NotRemedy("torch.cuda.empty_cache()", EMPTY_CACHE)
     yield from _power_of_two(case, within, remedies)
     if case.run.micro_steps > 2:
         fewer = case.changed(gradient_accumulation_steps=2 * case.run.n_gpus)

@@ -33,6 +33,7 @@ PROGRAMS: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("gptfit", lazy(r"gptfit[/\\]|\bgptfit train\b|\bgptfit\.train\b")),
     ("nanochat", lazy(r"nanochat|base_train\b|chat_sft\b|mid_train\b")),
     ("trl", lazy(r"\btrl[/\\]|\b(?:SFT|DPO|GRPO|PPO|ORPO|KTO)Trainer\b|\btrl sft\b")),
+    ("torchtitan", lazy(r"torchtitan|\[titan\]")),
     ("torchtune", lazy(r"torchtune|\btune run\b")),
     ("litgpt", lazy(r"litgpt|lit_gpt|lit-gpt|lit-llama")),
     (

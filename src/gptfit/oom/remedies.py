@@ -52,7 +52,7 @@ def general_remedies(facts: OomFacts, prospect: Prospect) -> list[Remedy]:
     if facts.kind in KIND_REMEDIES:
         early = facts.kind == "cuda_driver" and facts.phase in ("model_load", "data")  # no step has begun
         rows = [*([OFFLOADED] if facts.offload else []), *KIND_REMEDIES[facts.kind]]
-        return [Remedy(*pair) for pair in (rows[:1] if early else rows)]
+        return [*_other_card(facts), *(Remedy(*pair) for pair in (rows[:1] if early else rows))]
     if facts.kind == "not_oom":
         return []
     found = [*_limit(facts), *_lent(facts), *_others(facts, prospect), *_signs(facts), *_fragments(facts, prospect)]
@@ -65,6 +65,18 @@ def general_remedies(facts: OomFacts, prospect: Prospect) -> list[Remedy]:
         enough = None if saves is None else prospect.enough(saves)
         found.append(Remedy("torch.load(path, map_location='cpu')", why, saves, enough))
     return found
+
+
+def _other_card(facts: OomFacts) -> Iterator[Remedy]:
+    """A card that nvidia-smi, in the text, shows to be empty where this one is full."""
+    index = facts.device_index or 0
+    used, total = facts.cards[index] if index < len(facts.cards) else (0, 0)
+    if facts.kind not in ON_FULL_CARD or not used or used < 0.8 * total:
+        return
+    empty = next((number for number, (used, total) in enumerate(facts.cards) if used < 0.05 * total), None)
+    if empty is not None:
+        held = " and ".join(f"{format_bytes(facts.cards[number][0])} on GPU {number}" for number in (index, empty))
+        yield Remedy(f"CUDA_VISIBLE_DEVICES={empty}", f"nvidia-smi in the text has {held} in use")
 
 
 def _limit(facts: OomFacts) -> Iterator[Remedy]:
@@ -222,6 +234,8 @@ OFFLOADED = (
     "DeepSpeed: offload_optimizer to none, or to nvme",
     "offloaded, each parameter takes some 16 bytes of the computer's memory, on all ranks of the node together",
 )
+ON_FULL_CARD = frozenset(("cuda_driver", "cublas", "cudnn", "nccl"))
+EMPTIED = ("torch.cuda.empty_cache() before that line", "gives the driver back what PyTorch reserved and does not use")
 HOLDERS = (
     "nvidia-smi, then CUDA_VISIBLE_DEVICES=<another>",
     "which processes hold the card: if it is full before this one begins, end them or take another card",
@@ -266,12 +280,15 @@ KIND_REMEDIES: dict[str, tuple[tuple[str, str], ...]] = {
             "leave some hundred MiB free: a smaller micro-batch",
             "kernels, graphs and libraries take memory from the driver, not from PyTorch's allocator",
         ),
+        EMPTIED,
     ),
     "nccl": (
         (
             "leave 1 GiB free: a smaller micro-batch",
             "NCCL's buffers lie outside PyTorch's allocator and come when first used",
         ),
+        ("torch.cuda.set_per_process_memory_fraction(0.95)", "PyTorch then leaves 5 % of the card to NCCL"),
+        EMPTIED,
         ("NCCL_BUFFSIZE=1048576", "buffers of 1 instead of 4 MiB a channel"),
     ),
 }

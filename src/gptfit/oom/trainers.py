@@ -197,6 +197,40 @@ TORCHTUNE = Trainer(
         "eval": ("batch_size={batch}", "the validation's batch is that of training"),
     },
 )
+TORCHTITAN = Trainer(
+    title="torchtitan",
+    twin="gptfit",
+    batch="--training.local_batch_size {batch}",
+    assumed={
+        **{**_EAGER, "batch_size": 8, "gradient_accumulation_steps": 1},
+        **{"norm": "rmsnorm", "mlp": "swiglu", "position": "rope", "tie_embeddings": False},
+    },
+    words={
+        "checkpointing": ("--activation_checkpoint.mode full", AGAIN),
+        "block": ("--training.seq_len {block}", SHORTER),
+        "fused": ("--optimizer.implementation fused", LISTS),
+        "compile": ("--compile.enable", FUSES),
+        "eval": ("--validation.local_batch_size {batch}", "the validation's batch need not be that of training"),
+    },
+)
+# Where nothing tells whose code ran, and no figure is computed.
+ANY = Trainer(
+    title="",
+    twin="nanogpt",
+    batch="batch_size={batch}, gradient_accumulation_steps={steps}",
+    words={
+        "checkpointing": (
+            "x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False)",
+            f"in the model's forward, for each block: {AGAIN}",
+        ),
+        "chunked": ("F.cross_entropy over chunks of tokens", CHUNKED),
+        "bfloat16": ("with torch.autocast('cuda', dtype=torch.bfloat16):", HALF),
+        "fused": ("torch.optim.AdamW(..., fused=True)", LISTS),
+        "adamw8bit": ("bitsandbytes.optim.AdamW8bit(...)", BITS),
+        "block": ("shorter sequences", SHORTER),
+        "eval": ("with torch.no_grad():, and a smaller batch", "nothing is then kept for a backward that never comes"),
+    },
+)
 TRAINERS: Mapping[str, Trainer] = MappingProxyType(
     {
         "nanogpt": NANOGPT,
@@ -207,6 +241,7 @@ TRAINERS: Mapping[str, Trainer] = MappingProxyType(
         "lightning": LIGHTNING,
         "litgpt": LITGPT,
         "torchtune": TORCHTUNE,
+        "torchtitan": TORCHTITAN,
     }
 )
 
