@@ -46,6 +46,7 @@ class Checkpoint:
     tokenizer: str
     data_fingerprint: str
     ema: Mapping[str, Any] = field(default_factory=dict[str, Any])  # the average of the weights, where one is kept
+    tokens: int | None = None  # of the completed steps; older checkpoints do not say
     shards: Shards | None = None  # of a folder, whose weights and states are read when they are looked at
 
     @property
@@ -58,6 +59,7 @@ class Checkpoint:
         return {
             "format": FORMAT,
             "step": self.step,
+            "tokens": self.tokens,
             "run": self.run.model_dump(),
             "model": dict(self.model),
             "optimizer": dict(self.optimizer),

@@ -1,5 +1,6 @@
 """Text from a checkpoint."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,6 +37,10 @@ def sample(
     if temperature < 0 or top_k < 0 or n_tokens < 0:
         raise GptfitError(
             f"temperature={temperature} top_k={top_k} n_tokens={n_tokens}: none may be negative", "0.8, 200 and 500"
+        )
+    if not math.isfinite(temperature) or not -(2**63) <= seed < 2**64:
+        raise GptfitError(
+            f"temperature={temperature} seed={seed}: expected a finite number and one of 64 bits", "0.8 and 1337"
         )
     device = pick_device(device_name)
     tokenizer = get_tokenizer(found.checkpoint.tokenizer)

@@ -61,6 +61,7 @@ class Session:
     feed: Feed
     ema: Ema | None = None
     step: int = 0
+    tokens: int = 0  # of all steps so far, whose sizes a resume may have changed
     micro_batch: int = 0
     eval_batch: int = 0
     good: Good | None = None  # the last one, on a GPU
@@ -108,6 +109,7 @@ class Session:
         """All but the weights and states."""
         return Checkpoint(
             step=self.step,
+            tokens=self.tokens,
             run=self.run,
             model={},
             optimizer={},

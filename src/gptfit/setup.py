@@ -2,6 +2,7 @@
 
 import gc
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,19 +27,22 @@ from gptfit.optim import build_optimizer, load_state
 from gptfit.parallel import share_model
 from gptfit.replacing import replacing
 from gptfit.session import Correction, Session
+from gptfit.unfinished import locked
 
 RUN_FILE = "run.yaml"
 
-# What a checkpoint's weights and states have the shape of.
-SHAPING_KEYS = (*(key for key in ModelConfig.model_fields if key != "dropout"), "param_dtype", "optimizer")
+# What a checkpoint's weights and states have the shape of, or mean something by.
+FREE_KEYS = ("dropout", "attention")
+SHAPING_KEYS = (*(key for key in ModelConfig.model_fields if key not in FREE_KEYS), "param_dtype", "optimizer")
 
 
 def set_up(
-    run: RunConfig, out: Path, resume: bool, device_name: str, ranks: Ranks, emit: Listener
+    run: RunConfig, out: Path, resume: bool, device_name: str, ranks: Ranks, emit: Listener, held: ExitStack
 ) -> tuple[Session, tuple[str, ...]]:
     """A session that can step, and the lines that someone should read about it.
 
-    Whatever may fail on one rank comes first: from where the model is shared on, the ranks wait for one another.
+    The folder is this run's alone until `held` is left. Whatever may fail on one rank comes first: from where the model
+    is shared on, the ranks wait for one another.
     """
     with ranks.together():
         device = own_device(device_name, ranks)
@@ -48,6 +52,8 @@ def set_up(
     with ranks.together():
         data = open_dataset(run)
         _make(out)
+        if ranks.first:
+            held.enter_context(locked(out, "trains into"))
     with ranks.together():
         found = _find_checkpoint(out, run, resume, ranks)
     start(device, run.seed)
@@ -177,6 +183,12 @@ def _changes(checkpoint: Checkpoint, run: RunConfig, data: Dataset) -> tuple[str
     before, after = checkpoint.run.model_dump(), run.model_dump()
     changed = [f"{key}={after[key]} (was {before[key]})" for key in after if after[key] != before[key]]
     notes = [f"resumed with {', '.join(changed)}"] if changed else []
+    decayed = checkpoint.run.lr_decay_iters
+    falls = run.decay_lr and run.lr_schedule != "constant"
+    if falls and run.lr_decay_iters == decayed <= checkpoint.run.max_iters < run.max_iters:
+        notes.append(
+            f"lr_decay_iters stays {decayed}, and from there on lr is min_lr; lr_decay_iters={run.max_iters} moves it"
+        )
     if checkpoint.data_fingerprint != data.fingerprint:
         notes.append("the data are not those that this run began with; it goes on with the new ones")
     return tuple(notes)
@@ -191,6 +203,8 @@ def _restore(session: Session, checkpoint: Checkpoint) -> None:
     if checkpoint.scaler and session.scaler.is_enabled():
         session.scaler.load_state_dict(dict(checkpoint.scaler))
     session.step = checkpoint.step
+    known = checkpoint.tokens
+    session.tokens = checkpoint.step * checkpoint.run.tokens_per_step if known is None else known
     restore_rng(checkpoint.rng)
 
 

@@ -12,6 +12,7 @@ import math
 import signal
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -51,17 +52,17 @@ def train(
     beside what the second step measured on a GPU; `refit` is asked then whether another run, of the same numbers of
     training, suits what was measured; `profile` traces the third to the fifth step into the folder.
 
-    Raises GptfitError for a folder that already holds a run (unless `resume`), for one without a checkpoint (if
-    `resume`), for data that do not suit the run, for a loss that is no number, for a full disk, and where not even
-    one sequence fits in memory.
+    Raises GptfitError for a folder that already holds a run (unless `resume`) or that another process trains into, for
+    one without a checkpoint (if `resume`), for data that do not suit the run, for a loss that is no number, for a full
+    disk, and where not even one sequence fits in memory.
     """
     ranks, out, began = launched(), Path(out_dir), time.perf_counter()
     set_expandable_segments(run.expandable_segments)
     listener = on_event if ranks.first else None
-    with joined(ranks):
+    with joined(ranks), ExitStack() as held:
         with ranks.together():
             check_size(run, ranks)
-        session, notes = set_up(run, out, resume, device_name, ranks, listener or (lambda event: None))
+        session, notes = set_up(run, out, resume, device_name, ranks, listener or (lambda event: None), held)
         for note in notes:
             session.emit(Note(note))
         session.emit(session.started(out))
@@ -158,6 +159,7 @@ def _step(session: Session) -> Stepped:
         session.ema.update(session.step)
     session.strategy.zero_grad(optimizer)
     session.step += 1
+    session.tokens += run.tokens_per_step
     if run.on_nan == "stop":
         mean = _mean(session, loss)
         with session.ranks.together():
@@ -169,7 +171,7 @@ def _step(session: Session) -> Stepped:
         step=session.step,
         loss=mean,
         lr=rate,
-        tokens=session.step * run.tokens_per_step,
+        tokens=session.tokens,
         seconds=seconds,
         tokens_per_second=run.tokens_per_step / seconds,
         grad_norm=None if norm is None else float(norm),

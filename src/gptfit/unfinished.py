@@ -77,8 +77,9 @@ def _source(path: Path | None) -> list[Any]:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Within the block no other process prepares data into `folder`, where the system has such locks."""
+def locked(folder: Path, doing: str = "prepares data into") -> Iterator[None]:
+    """Within the block no other process is `doing` so to `folder`, where the system has such locks; one that is killed
+    holds it no longer."""
     handle = None
     with suppress(OSError, ImportError):
         import fcntl
@@ -89,7 +90,7 @@ def locked(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             os.close(handle)
             hint = "wait for it, or give another --out"
-            raise GptfitError(f'another process prepares data into "{folder}" now', hint) from None
+            raise GptfitError(f'another process {doing} "{folder}" now', hint) from None
     try:
         yield
     finally:
