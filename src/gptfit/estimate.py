@@ -13,7 +13,7 @@ from gptfit.memory import compiled, sharding
 from gptfit.memory.allocator import OutOfMemory
 from gptfit.memory.overhead import CUBLAS_HANDLES, UNKNOWN_CARD_CONTEXT_BYTES, cublas_workspace_bytes
 from gptfit.memory.reserve import Reserved, replay_run
-from gptfit.memory.step import PROGRAMS, Pieces, pieces, steady_step
+from gptfit.memory.step import PROGRAMS, Pieces, bare, pieces, steady_step
 from gptfit.memory.tape import Tape
 from gptfit.memory.whole_run import evaluation_bytes, run_phases
 from gptfit.speed import Speed, predict
@@ -198,12 +198,12 @@ def estimate(
     Raises GptfitError for an unknown program or what it cannot do, and for a risk that is none.
     """
     run = under_program(run, program)
-    parts = pieces(run, program)
+    parts = bare(kernel_pieces(run, program))  # pyright: ignore[reportArgumentType]  frozen models have a hash
     steady = steady_step(run, parts)
     peak = steady.peak()
     capability = profile.compute_capability if profile else None
     workspace_bytes = cublas_workspace_bytes(capability)
-    replayed = replay(run, program, workspace_bytes)  # pyright: ignore[reportArgumentType]  frozen models have a hash
+    replayed = replay(run, program, workspace_bytes)  # pyright: ignore[reportArgumentType]
     rows = live_rows(steady, replayed.allocated_bytes, peak.live_bytes, workspace_bytes)
     context_bytes = profile.context_bytes if profile else UNKNOWN_CARD_CONTEXT_BYTES
     budget = Budget(profile.name, profile.total_bytes, reserve_bytes) if profile else None

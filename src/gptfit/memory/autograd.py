@@ -132,6 +132,7 @@ class Writer:
         self.items: list[Item] = []
         self.phase = ""
         self.parameters: dict[str, Parameter] = {}
+        self.has_gradients = False  # whether those of parameters are there already: of parameters to come, too
         self.nodes: list[Node] = []
         self.repeat = 1  # how often what is written now happens: rounds of the enclosing loops
         self.flops = 0
@@ -172,7 +173,14 @@ class Writer:
         """The parameter of that name, made when first asked for; with a `*` it stands for those of all blocks."""
         if name not in self.parameters:
             self.parameters[name] = Parameter(name, shape, dtype, self.n_layer if "*" in name else 1)
+            self.parameters[name].has_gradient = self.has_gradients
         return self.parameters[name]
+
+    def set_gradients(self, exist: bool) -> None:
+        """Whether the gradients of all parameters are there, those not yet named included."""
+        self.has_gradients = exist
+        for param in self.parameters.values():
+            param.has_gradient = exist
 
     def record(
         self,

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
+from typing import NamedTuple
 
 from gptfit.config import RunConfig, derive
 from gptfit.memory import ops, optimizers, sharding
@@ -11,7 +12,7 @@ from gptfit.memory.compiled_budget import compiled_twin
 from gptfit.memory.nanogpt import NanoGPT
 from gptfit.memory.ours import Ours
 from gptfit.memory.programs import Program
-from gptfit.memory.tape import Buffer, Event, Item, Loop, Mark, Tape, make_buffer
+from gptfit.memory.tape import Buffer, Event, Item, Loop, Mark, Tape, make_buffer, without
 
 PROGRAMS: dict[str, type[Program]] = {"nanogpt": NanoGPT, "gptfit": Ours}
 LOSS = make_buffer("loss", "activation", (), "float32")
@@ -39,17 +40,20 @@ class Pieces:
     n_params: int
 
 
-def micro_step(w: Writer, program: Program, kept: bool) -> tuple[list[Item], int]:
+def micro_step(w: Writer, program: Program) -> tuple[list[Item], slice, int]:
     """Writes one micro-step as train loops run it: forward, the next batch fetched, backward.
 
-    Returns what the loop's variables hold at its end, as allocations, and the bytes kept for backward.
+    Returns what the loop's variables hold at its end, as allocations; where what they held from the micro-step before
+    is freed; and the bytes kept for backward.
     """
     run = program.run
-    w.items = []
-    held = [w.take_over(buffer, None) for buffer in (*program.kept_buffers(), LOSS)] if kept else []
+    w.items, w.flops = [], 0
+    held = [w.take_over(buffer, None) for buffer in (*program.kept_buffers(), LOSS)]
     x, y = (w.take_over(buffer, None) for buffer in batch_buffers(run))
     loss, returned = program.forward(x, y)
+    start = len(w.items)
     held.clear()
+    freed = slice(start, len(w.items))
     saved_bytes = program.saved_bytes()
     loss = ops.scale(w, loss, LOSS.name)
     x, y = (w.empty(*buffer[:4]) for buffer in batch_buffers(run))
@@ -58,7 +62,66 @@ def micro_step(w: Writer, program: Program, kept: bool) -> tuple[list[Item], int
     w.thread = THREADS[0]
     for tensor in (*returned, loss, x, y):
         tensor.storage.forget()
-    return [Event(1, tensor.storage.buffer) for tensor in (*returned, loss)], saved_bytes
+    return [Event(1, tensor.storage.buffer) for tensor in (*returned, loss)], freed, saved_bytes
+
+
+class MicroSteps(NamedTuple):
+    """The first micro-step of a run, that of a later step, and one that finds gradients; `kept` and the bytes kept for
+    backward as `micro_step` returns them. What is not asked for is empty."""
+
+    first: list[Item]
+    fresh: list[Item]
+    later: list[Item]
+    kept: list[Item]
+    saved_bytes: int
+
+
+def micro_steps(w: Writer, twin: Program, program: str, whole: bool, fresh: bool) -> MicroSteps:
+    """Written once where they are alike. The first finds nothing that was held, and no cuBLAS workspaces."""
+    run = twin.run
+    _, in_fresh, in_later = sharding.gradients_exist(run, program)
+    alike = in_fresh == in_later or run.micro_steps == 1
+    first: list[Item] = []
+    new: list[Item] = []
+    later: list[Item] = []
+    w.set_gradients(in_fresh)
+    if run.optimizer_in_backward:
+        if whole:
+            w.step_in_backward = partial(optimizers.items_in_backward, run=run, first=not run.creates_states_first)
+            _, held, _ = micro_step(w, twin)
+            first = [*w.items[: held.start], *w.items[held.stop :]]
+        w.step_in_backward = partial(optimizers.items_in_backward, run=run, first=False)
+    kept: list[Item] = []
+    saved_bytes = 0
+    if fresh or alike:
+        kept, held, saved_bytes = micro_step(w, twin)
+        new = w.items
+        if whole and not first:
+            first = [*new[: held.start], *new[held.stop :]]
+            new = without(new, is_place)
+    if not alike:
+        w.set_gradients(in_later)
+        kept, _, saved_bytes = micro_step(w, twin)
+        later = w.items
+        new = new or optimizers.gradient_items(w.parameters.values(), run.n_layer, 1)
+    elif run.micro_steps > 1:
+        later = new
+    return MicroSteps(first, new, later, kept, saved_bytes)
+
+
+def is_place(buffer: Buffer) -> bool:
+    """Whether it stands for the workspace of a thread (autograd.Writer.multiplies)."""
+    return buffer.category == "workspace" and not buffer.n_bytes
+
+
+def bare(p: Pieces) -> Pieces:
+    """Pieces that were written with kernels, as they are written without."""
+
+    def is_scratch(buffer: Buffer) -> bool:
+        return buffer.category == "workspace"
+
+    micro = [without(items, is_scratch) for items in (p.first_micro, p.fresh_micro, p.next_micro, p.evaluation)]
+    return replace(p, first_micro=micro[0], fresh_micro=micro[1], next_micro=micro[2], evaluation=micro[3])
 
 
 def evaluation(w: Writer, program: str, run: RunConfig) -> list[Item]:
@@ -85,39 +148,25 @@ def twin_of(program: str, w: Writer, run: RunConfig) -> Program:
     return compiled_twin(program, w, run) if compiled else PROGRAMS[program](w, run)
 
 
-def pieces(run: RunConfig, program: str, whole: bool = True, kernels: bool = False) -> Pieces:
+def pieces(run: RunConfig, program: str, whole: bool = True, kernels: bool = False, fresh: bool = True) -> Pieces:
     """The pieces of `run` under `program`: for a steady step alone, or for a `whole` run with its first step and
-    evaluation. With `kernels` also the scratch that kernels take from the allocator."""
+    evaluation. With `kernels` also the scratch that kernels take from the allocator.
+
+    Without `fresh` a step of several micro-steps creates its gradients at once. Its peak is the same: they are all
+    alive in each micro-step but the first, which is another one of those otherwise.
+    """
     w = Writer(run.n_layer, kernels)
     twin = twin_of(program, w, run)
-    micro: list[list[Item]] = []
-    kept: list[Item] = []
-    flops = saved = 0
-    exist = sharding.gradients_exist(run, program)
-    if exist[0]:
-        micro_step(w, twin, False)  # for its parameters, whose gradients exist before the first micro-step
-    for has_kept, is_later, has_gradient in zip((False, True, True), (False, False, True), exist, strict=True):
-        if (is_later and run.micro_steps == 1) or not (has_kept or whole):
-            micro.append([])
-            continue
-        for param in w.parameters.values():
-            param.has_gradient = has_gradient
-        w.flops = 0
-        if run.optimizer_in_backward:
-            makes_states = not has_kept and not run.creates_states_first
-            w.step_in_backward = partial(optimizers.items_in_backward, run=run, first=makes_states)
-        kept, saved = micro_step(w, twin, has_kept)
-        micro.append(w.items)
-        flops = w.flops
+    micro = micro_steps(w, twin, program, whole, fresh)
     params = list(w.parameters.values())
     left = [] if run.optimizer_in_backward else params  # to be stepped, and with a gradient, after backward
     n_layer = run.n_layer
     parts = Pieces(
         parameters=tuple(params),
         batch=[Event(1, buffer) for buffer in batch_buffers(run)],
-        first_micro=micro[0],
-        fresh_micro=micro[1],
-        next_micro=micro[2],
+        first_micro=micro.first,
+        fresh_micro=micro.fresh,
+        next_micro=micro.later,
         clip=optimizers.clip_items(params, n_layer) if run.grad_clip else [],
         states=optimizers.state_items(params, run),
         step=optimizers.step_items(left, run),
@@ -127,11 +176,11 @@ def pieces(run: RunConfig, program: str, whole: bool = True, kernels: bool = Fal
             *optimizers.average_items(params, run),
             *(Event(1, table) for table in twin.buffers()),
         ],
-        kept=kept,
+        kept=micro.kept,
         evaluation=evaluation(Writer(run.n_layer, kernels), program, run) if whole else [],
         evaluates_first=program == "nanogpt",
-        flops_per_token=3 * flops // (run.batch_size * run.block_size),
-        saved_bytes=saved,
+        flops_per_token=3 * w.flops // (run.batch_size * run.block_size),
+        saved_bytes=micro.saved_bytes,
         n_params=sum(math.prod(p.shape) * p.count for p in params),
     )
     return shared(run, program, parts)
@@ -180,7 +229,7 @@ def steady_peak(run: RunConfig, program: str) -> tuple[int, int]:
 
 @lru_cache(maxsize=4096)
 def _steady_peak(run: RunConfig, program: str) -> tuple[int, int]:
-    parts = pieces(run, program, whole=False)
+    parts = pieces(run, program, whole=False, fresh=False)
     return steady_step(run, parts).peak().live_bytes, parts.flops_per_token
 
 

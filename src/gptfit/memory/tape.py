@@ -9,8 +9,9 @@ Closed form: a body with net growth d and inner peak p, repeated n times, peaks 
 if d > 0 (in its last round), else at p (in its first).
 """
 
+import operator
 from collections import Counter, defaultdict, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 DTYPE_BYTES = {
@@ -118,6 +119,22 @@ def read(items: list[Item]) -> Reading:
                 best, path = running + inner.peak_bytes + growth, ((index, at), *inner.path)
             running += item.n * inner.net_bytes
     return Reading(running, best, path)
+
+
+def without(items: list[Item], unwanted: Callable[[Buffer], bool]) -> list[Item]:
+    """Items but for the events of such buffers; `items` itself where it has none."""
+    left: list[Item] = []
+    for item in items:
+        if isinstance(item, Event):
+            if not unwanted(item.buffer):
+                left.append(item)
+        elif isinstance(item, Loop):
+            body = without(item.body, unwanted)
+            left.append(item if body is item.body else item._replace(body=body))
+        else:
+            left.append(item)
+    same = len(left) == len(items) and all(map(operator.is_, left, items))
+    return items if same else left
 
 
 class Tape:
