@@ -3,6 +3,7 @@
 from gptfit.oom import tensors
 from gptfit.oom.engines import ENGINES
 from gptfit.oom.enough import (
+    UNUSED_TIMES,
     Prospect,
     foreign_bytes,
     fragmented,
@@ -20,6 +21,7 @@ from gptfit.oom.remedies import (
     COLLECTED,
     FOREIGN,
     FRAGMENTATION,
+    GATHERED,
     KEPT,
     MOSTLY,
     NOT_FULL,
@@ -45,7 +47,9 @@ ELSEWHERE = {
     "cuda_driver": "the driver had no memory left, outside PyTorch's allocator",
     "not_oom": "this is not an out-of-memory error",
 }
-FIRST = "the driver had no memory left for what comes first onto the card: other processes hold it"
+MUCH_FOREIGN = 0.25  # of the card: then it matters more than pieces
+THC = "the card was full: torch before 1.0 prints no figure of it"
+FIRST = "the driver had no memory left for what comes first onto the card: mostly, other processes hold it"
 
 
 def cause_of(facts: OomFacts, prospect: Prospect, tensor: tensors.Tensor | None, instant: Instant | None) -> str:
@@ -55,7 +59,8 @@ def cause_of(facts: OomFacts, prospect: Prospect, tensor: tensors.Tensor | None,
     if facts.wording == ABSURD:
         return "a size was computed wrongly (a failed or timed out collective leaves such ones): no card has that much"
     if facts.kind in ELSEWHERE:
-        first = FIRST if facts.kind == "cuda_driver" and facts.phase in ("model_load", "data") else ""
+        first = FIRST if facts.kind == "cuda_driver" and facts.phase == "model_load" else ""
+        first = THC if facts.wording == "cuda runtime error (2)" else first
         return (_full_by_table(facts) or first or ELSEWHERE[facts.kind]) + (
             f": {facts.explanation}" if facts.kind == "not_oom" and facts.explanation else ""
         )
@@ -66,7 +71,16 @@ def cause_of(facts: OomFacts, prospect: Prospect, tensor: tensors.Tensor | None,
     if allowed is not None and total is not None and allowed < total:
         return f"a limit of {format_bytes(allowed)} is set for this process, below what the card has"
     signs = _by_signs(facts, prospect) if instant is None else ""  # else the tape says what took the room
-    return _by_figures(facts, prospect) or signs or _beside(instant) or _by_phase(facts, tensor)
+    found = _by_others(facts, prospect) or _by_code(facts) or _by_figures(facts, prospect) or signs or _beside(instant)
+    return found or _by_phase(facts, tensor) + _also_in_pieces(facts)
+
+
+def _also_in_pieces(facts: OomFacts) -> str:
+    """Where much is reserved and unused, though not so much that expandable segments were seen to be enough."""
+    unused = unallocated_bytes(facts) or 0
+    if facts.kind not in ALLOC_CONF or unused < max(UNUSED_TIMES * (facts.tried_bytes or unused + 1), 512 * MiB):
+        return ""
+    return f"; {format_bytes(unused)} of it are reserved and unused, in pieces"
 
 
 def _full_by_table(facts: OomFacts) -> str:
@@ -80,9 +94,8 @@ def _full_by_table(facts: OomFacts) -> str:
     return f"nvidia-smi in the text has {format_bytes(used)} of {format_bytes(total)} in use on GPU {index}"
 
 
-def _by_figures(facts: OomFacts, prospect: Prospect) -> str:
-    """What the message's own figures say, and the run's tape where it is known."""
-    tried, case = facts.tried_bytes, prospect.case
+def _by_others(facts: OomFacts, prospect: Prospect) -> str:
+    """What is lent, and what others hold of the card."""
     if lent := lent_bytes(facts):
         return (
             f"{format_bytes(facts.allocated_bytes or 0)} are allocated, more than the card has: the driver lent "
@@ -95,6 +108,31 @@ def _by_figures(facts: OomFacts, prospect: Prospect) -> str:
         told = "this would have fitted" if fits else "there would have been room for this tensor"
         more = ", but not for the whole run" if fits is False else ""
         return f"other processes hold {format_bytes(others)} of the card; without them {told}{more}"
+    foreign = foreign_bytes(facts)
+    return _foreign(foreign) if foreign >= MUCH_FOREIGN * (facts.total_bytes or 0) and foreign else ""
+
+
+def _foreign(n_bytes: int) -> str:
+    return (
+        f"{FOREIGN}: at least {format_bytes(n_bytes)} are neither free nor PyTorch's here: another process (a rank on "
+        "the same GPU, a notebook, a desktop, another container)"
+    )
+
+
+def _by_code(facts: OomFacts) -> str:
+    """What a line of the traceback does."""
+    if facts.kept:
+        return f"{KEPT}: `{facts.kept[:60]}` keeps a tensor and what its backward needs"
+    if facts.collected:
+        return f"{COLLECTED}: the evaluation keeps the logits of all its batches on the card, and copies them for each"
+    if facts.gathered:
+        return f"{GATHERED} for the checkpoint, on every rank's card, which holds its own part alone otherwise (FSDP)"
+    return ""
+
+
+def _by_figures(facts: OomFacts, prospect: Prospect) -> str:
+    """What the message's own figures say, and the run's tape where it is known."""
+    tried, case = facts.tried_bytes, prospect.case
     if spare := spare_bytes(facts):
         return f"{NOT_FULL}: {_spare(facts, spare)}"
     if fragmented(facts) and facts.kind in ALLOC_CONF and not (case and case.run.expandable_segments):
@@ -130,14 +168,7 @@ def _spare(facts: OomFacts, spare: int) -> str:
 def _by_signs(facts: OomFacts, prospect: Prospect) -> str:
     """What nobody accounts for, then what the code in the traceback and the log before it say."""
     if foreign := foreign_bytes(facts):
-        return (
-            f"{FOREIGN}: at least {format_bytes(foreign)} are neither free nor PyTorch's here: another process (a rank "
-            "on the same GPU, a notebook, a desktop, another container)"
-        )
-    if facts.kept:
-        return f"{KEPT}: `{facts.kept[:60]}` keeps a tensor and what its backward needs"
-    if facts.collected:
-        return f"{COLLECTED}: the evaluation keeps the logits of all its batches on the card, and copies them for each"
+        return _foreign(foreign)
     pools = facts.private_pools_bytes or 0
     if pools >= 0.2 * (facts.allocated_bytes or pools + 1):
         return f"{POOLS} hold {format_bytes(pools)}: what a graph uses is kept for it alone, one graph for each shape"

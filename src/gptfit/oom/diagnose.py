@@ -41,6 +41,7 @@ OFF_THE_CARD = frozenset(("not_oom", "host_ram", "host_killed", "shm", "triton_s
 OF_A_TENSOR = frozenset(("cuda_caching_allocator", "hip", "xpu", "mps", "cuda_async_allocator", "per_process_limit"))
 
 
+SDPA = "F.scaled_dot_product_attention(q, k, v, is_causal=True)"
 NO_STEP = frozenset(("model_load", "checkpoint", "data"))
 EXACT = frozenset(("unknown", *(name for name, trainer in TRAINERS.items() if trainer.exact)))
 
@@ -185,12 +186,22 @@ def _of_the_run(
     """Changes to the run: with figures where it is known, else in words."""
     if not _of_a_step(facts) or facts.phase in NO_STEP:
         return []
+    fused = _fused_attention(facts, tensor)
     if failure is not None:
-        return run_remedies(failure)
+        return [*fused, *run_remedies(failure)]
     if facts.kind in KIND_REMEDIES:
         return []
     logits = tensor is not None and tensor.name.startswith(("logits", "cross entropy"))
-    return worded_remedies(facts, spoken, logits)
+    return [*fused, *worded_remedies(facts, spoken, logits)]
+
+
+def _fused_attention(facts: OomFacts, tensor: tensors.Tensor | None) -> list[Remedy]:
+    """An attention that never has all its scores, where they are what failed."""
+    if tensor is None or tensor.name != "attention scores":
+        return []
+    library = facts.program in ("huggingface", "trl")
+    change = 'from_pretrained(..., attn_implementation="sdpa")' if library else SDPA
+    return [Remedy(change, "the scores, tokens × tokens for each head, are then never all there")]
 
 
 def _of_anything(facts: OomFacts, failed: FailedRun | None, program: str | None) -> bool:

@@ -108,6 +108,22 @@ ENGINES: Mapping[str, Engine] = MappingProxyType(
                 ("del what is not needed; restart the session", "cells that ran before still hold their variables"),
             ),
         ),
+        "a compiler ended": Engine(
+            "compilers that built a package in parallel filled the computer's memory, and the kernel ended one",
+            (
+                ("MAX_JOBS=2 pip install ...", "one compiler for each core otherwise, with gigabytes each for CUDA"),
+                ("a wheel built for your torch and CUDA", "then nothing is compiled"),
+            ),
+        ),
+        "no batch fits": Engine(
+            "accelerate halved the batch at each out-of-memory error until none was left: not even one sample fits",
+            (
+                ("nvidia-smi", "whether another process holds the card"),
+                ("gradient_checkpointing=True", "keeps the input of each block alone, and computes it again"),
+                ('optim="adamw_bnb_8bit", or LoRA', "gradients and optimizer state do not shrink with the batch"),
+                ("auto_find_batch_size=False", "shows the error itself, with its figures: paste that one"),
+            ),
+        ),
         "a data loader's worker ended": Engine(
             "a data loader's worker ended without an error of its own: most are killed as the computer's memory is "
             "full, some crash",

@@ -71,8 +71,8 @@ def hidden_bytes(facts: OomFacts) -> int:
 
 
 # What a process holds beside PyTorch, at most, where it is not told: a context, kernels that old CUDA versions loaded
-# all at once, workspaces, NCCL.
-MOST_BESIDE = 3 * GiB // 2
+# all at once, workspaces, NCCL and the contexts of other ranks.
+MOST_BESIDE = 5 * GiB // 2
 LEAST_FOREIGN = 512 * MiB
 
 

@@ -77,6 +77,7 @@ BRACKETS = {
     "allocated_bytes": _compiled(rf"{_WHOLE}(?:is|are)?(?:al{{1,2}}ready)?allocated(?!in)"),
     "reserved_bytes": _compiled(rf"{_WHOLE}{_IS}reserved(?!\w{{0,20}}but)"),
     "reserved_unallocated_bytes": _compiled(rf"{_WHOLE}{_IS}reserved(?:by\w{{1,10}})?but(?:un|not)"),
+    "process_bytes": _compiled(rf"{_WHOLE}inusebythisprocess"),
     # Before torch 1.4: reserved less allocated (in 1.4 and later the word is "reserved", and it is the total).
     "cached_bytes": _compiled(rf"{_WHOLE}{_IS}(?:cached|incache)"),
 }

@@ -79,7 +79,7 @@ _DATA_FUNCTION = lazy(
     r"|_next_index|__getitem__|_process_data|_try_get_data|_get_data|fetch|_move_to_device|batch_to_device|data_generator"
 )
 _DATA_CODE = lazy(
-    r"\bget_batch\(|\.pin_memory\(|non_blocking\s?=\s?True|\b(?:x|y|X|Y|xb|yb|batch|inputs?|input_ids|idx|tokens?|targets?|labels?|data|images?)"
+    r"\bget_batch\(|\.pin_memory\(|non_blocking\s?=\s?True|\b(?:x|y|X|Y|xb|yb|\w{0,16}(?:batch|inputs?|_ids|idx|tokens?|targets?|labels?|data|images?))"
     r"(?:\[\S{1,30}\])?\.(?:to|cuda)\("
 )
 _LOSS_CODE = lazy(
@@ -94,6 +94,7 @@ _LOSS_FILE = lazy(
     r"torch[/\\]nn[/\\]modules[/\\]loss\.py|torch[/\\]nn[/\\]functional\.py|[/\\]\w{0,20}loss\w{0,20}\.py"
 )
 _LOSS_MODULE = lazy(r"nn[/\\]modules[/\\]loss\.py")
+_LOSS_KERNEL = lazy(r"[/\\](?:fused_losses|losses?)[/\\]|[/\\]\w{0,30}cross_entropy\w{0,20}\.py$")
 _FORWARD_FUNCTION = lazy(
     r"forward|\w{1,30}_forward|forward_\w{1,30}|_call_impl|_wrapped_call_impl|training_step|compute_loss|__call__"
 )
@@ -246,4 +247,4 @@ def _is_own_forward(frame: Frame) -> bool:
 def _is_loss(frame: Frame) -> bool:
     """A loss taken outside of the model's own forward."""
     named = _LOSS_FUNCTION.fullmatch(_name(frame)) or _LOSS_CODE.search(frame.code)
-    return bool(named or _LOSS_MODULE.search(frame.file))
+    return bool(named or _LOSS_MODULE.search(frame.file) or _LOSS_KERNEL.search(frame.file))

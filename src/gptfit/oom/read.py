@@ -25,7 +25,7 @@ from gptfit.oom.hints import (
 from gptfit.oom.kinds import Kind, kind_of
 from gptfit.oom.phases import from_frames, phase_of, phase_of_text
 from gptfit.oom.runkeys import run_keys
-from gptfit.oom.signs import cards_in, collects, kept_by, offloads, steps_before
+from gptfit.oom.signs import cards_in, collects, gathers, kept_by, offloads, steps_before
 from gptfit.oom.stream import Stream, logical_lines, squashed, stream_of
 
 __all__ = ["Frame", "OomFacts", "ShapeHint", "printable", "read_paste"]
@@ -66,7 +66,8 @@ class OomFacts:
     says that only a few added weights are trained. `frames` are those of the traceback that the message ends.
     `beside_bytes` is what MPS counts beside tensors; `cards` are bytes in use and in all of each GPU that nvidia-smi
     lists in the text; `steps` how many steps its log counts before; `kept` is the line that keeps tensors from step to
-    step, `collected` says that an evaluation failed as it collected its batches' logits, `offload` that DeepSpeed was
+    step, `collected` says that an evaluation failed as it collected its batches' logits,
+    `gathered` that FSDP put whole parameters together for a checkpoint, `offload` that DeepSpeed was
     told to keep things in the computer's memory.
     """
 
@@ -104,6 +105,7 @@ class OomFacts:
     steps: int = 0
     kept: str = ""
     collected: bool = False
+    gathered: bool = False
     offload: bool = False
     notes: tuple[str, ...] = ()
 
@@ -170,6 +172,7 @@ def read_paste(text: str) -> OomFacts:
         steps=steps_before(text) if kind.kind != "not_oom" else 0,
         kept=printable(kept_by(frames)),
         collected=collects(frames),
+        gathered=gathers(frames, text),
         offload=kind.kind == "host_killed" and offloads(text),
         notes=tuple(notes),
         **figures,

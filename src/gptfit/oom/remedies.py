@@ -50,7 +50,7 @@ def general_remedies(facts: OomFacts, prospect: Prospect) -> list[Remedy]:
     if facts.wording in ENGINES:
         return [Remedy(*pair) for pair in ENGINES[facts.wording].remedies]
     if facts.kind in KIND_REMEDIES:
-        early = facts.kind == "cuda_driver" and facts.phase in ("model_load", "data")  # no step has begun
+        early = facts.kind == "cuda_driver" and facts.phase == "model_load"  # no step has begun
         rows = [*([OFFLOADED] if facts.offload else []), *KIND_REMEDIES[facts.kind]]
         return [*_other_card(facts), *(Remedy(*pair) for pair in (rows[:1] if early else rows))]
     if facts.kind == "not_oom":
@@ -92,6 +92,7 @@ FOREIGN = "something else is on the card"
 NOT_FULL = "the card was not full"
 KEPT = "something is kept from step to step"
 COLLECTED = "predictions pile up"
+GATHERED = "whole parameters are put together"
 POOLS = "CUDA graphs"
 TOO_LARGE = "the model alone does not fit"
 ABSURD = "more than 1EB"  # the wording
@@ -175,6 +176,13 @@ def _signs(facts: OomFacts) -> Iterator[Remedy]:
             cures=COLLECTED,
         )
         yield Remedy("eval_accumulation_steps=1", "what was collected goes to the computer's memory", cures=COLLECTED)
+    if facts.gathered:
+        yield Remedy("fsdp_state_dict_type: SHARDED_STATE_DICT", "each rank saves its own part", cures=GATHERED)
+        yield Remedy(
+            "FullStateDictConfig(offload_to_cpu=True, rank0_only=True)",
+            "in FSDP.state_dict_type(model, FULL_STATE_DICT, ...): they go to the memory of rank 0's computer",
+            cures=GATHERED,
+        )
     pools = facts.private_pools_bytes or 0
     if pools and pools >= 0.2 * (facts.allocated_bytes or pools + 1):
         why = f"without CUDA graphs their {format_bytes(pools)} are shared with everything else"

@@ -33,6 +33,10 @@ _KEPT = (
 )
 # A Trainer that collects what the model returns for each batch of an evaluation.
 _COLLECTED = lazy(r"\bnested_concat\(|\b(?:all_)?(?:preds?|logits)(?:_host)?\s?=\s?.{0,60}(?:torch\.cat\(|\bcat\()")
+_GATHERED = lazy(
+    r"fsdp[/\\]_(?:state_dict_utils|unshard_param_utils|optim_utils)|_full_pre_state_dict_hook|summon_full_params"
+    r"|_unshard_fsdp_state_params|\.full_tensor\(\)|full_optim_state_dict"
+)
 _OFFLOAD = lazy(r"offload_(?:optimizer|param|opt)|ZeRoOffload|zero\d?_offload|DeepSpeedCPUAdam|cpu_offload")
 
 
@@ -61,6 +65,12 @@ def kept_by(frames: Sequence[Frame]) -> str:
     """The line of the traceback that keeps a tensor and its graph from step to step, or ""."""
     lines = [frame.code for frame in frames if frame.code]
     return next((line for line in lines for pattern in _KEPT if pattern.search(line)), "")
+
+
+def gathers(frames: Sequence[Frame], text: str) -> bool:
+    """Whether FSDP puts whole parameters together for a full state dict."""
+    named = any(_GATHERED.search(f"{frame.file} {frame.function} {frame.code}") for frame in frames)
+    return named or "Failed to clone() tensor with name" in text
 
 
 def offloads(text: str) -> bool:

@@ -49,7 +49,7 @@ RULES: tuple[Rule, ...] = (
         ALLOCATOR,
         "cuda_driver",
         "TensorFlow",
-        r"oomwhenallocatingtensor|allocator\(gpu_\d{1,2}_bfc\)ranoutofmemory|cuda_driver\.cc:\d{1,5}\]?failedtoallocate"
+        r"oomwhenallocatingtensor|dsttensorisnotinitialized|allocator\(gpu_\d{1,2}_bfc\)ranoutofmemory|cuda_driver\.cc:\d{1,5}\]?failedtoallocate"
         r"|tensorflow.{0,80}resourceexhaustederror|failedtoallocate[\d.]{1,12}[kmg]\(\d{1,20}bytes\)fromdevice",
     ),
     _rule(
@@ -158,6 +158,8 @@ RULES: tuple[Rule, ...] = (
         r"cudahostalloc|cudahostregister|hiphostmalloc|failedtoallocatepinned|allocatepinnedhost"
         r"|failedtoalloc(?:ate)?\d{1,20}bytesonhost|inpinmemorythread.{0,1500}cudaerror:outofmemory",
     ),
+    _rule(FAILED, "cuda_caching_allocator", "no batch fits", r"noexecutablebatchsizefound"),
+    _rule(FAILED, "cuda_driver", "cuda runtime error (2)", r"cudaruntimeerror\(2\):outofmemory|error=2:outofmemory"),
     _rule(FAILED, "cuda_driver", "bitsandbytes", r"outofmemoryatline\d{1,6}infile"),
     _rule(
         FAILED,
@@ -206,6 +208,12 @@ RULES: tuple[Rule, ...] = (
         r"|cgroupout-of-memory|task\d{1,5}:outofmemory|exceeded(?:job|step)?memorylimit|term_memlimit"
         r"|memory(?:cgroup)?outofmemory|nodewaslowonresource:memory|nodereunninglowonmemory|noderunninglowonmemory"
         r"|kernelappearstohavedied|jobkilled:.{0,20}mem",
+    ),
+    _rule(
+        KILLED,
+        "host_killed",
+        "a compiler ended",
+        r"killedsignalterminatedprogram|diedduetosignal9|internalcompilererror:killed",
     ),
     _rule(
         KILLED,
