@@ -127,6 +127,8 @@ def diagnose(facts: OomFacts, failed: FailedRun | None = None, program: str | No
     case = _case(failed, trainer, facts.progress == "first", warnings) if _of_a_step(facts) else None
     known = case is not None and failed is not None and failed.model_known
     tensor = _tensor(facts, case, known)
+    if case is not None and failed is not None and "compile" not in failed.told and not failed.from_file:
+        case = _eager(case, tensor, warnings)
     if not known and (facts.kind == "cuda_driver" or _of_anything(facts, failed, program)):
         case = None
     if case is not None and not trainer.exact and (not known or facts.adapters):
@@ -246,6 +248,15 @@ def _case(failed: FailedRun | None, trainer: Trainer, first: bool, warnings: lis
     except GptfitError as error:
         warnings.append(error.message)
         return None
+
+
+def _eager(case: Case, tensor: tensors.Tensor | None, warnings: list[str]) -> Case:
+    """The case not compiled, where nobody told and a tensor failed that a compiled loss does not make."""
+    made = tensor is not None and tensor.name.startswith("cross entropy") and tensor.shape and not tensor.printed
+    if not made or not case.run.compile or case.run.dtype == "float32":
+        return case
+    warnings.append("not told, taken as compile=False: compiled, the loss makes no float32 tensor of that size")
+    return case.changed(compile=False) or case
 
 
 def _tensor(facts: OomFacts, case: Case | None, known: bool) -> tensors.Tensor | None:
