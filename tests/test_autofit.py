@@ -1,13 +1,11 @@
 """What two measured steps change: the plan, the overlay, the run that goes on. The card's memory is made up."""
 
-import json
 import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -27,6 +25,7 @@ from gptfit.pressure import Pressure
 from gptfit.session import Correction
 from gptfit.train import train
 from gptfit.units import GiB, MiB
+from tokens import few_tokens
 
 torch.set_num_threads(1)
 
@@ -114,10 +113,7 @@ def test_where_it_cannot_be_kept_the_plan_is_made_all_the_same(fit: AutoFit, tmp
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
-    rng = np.random.default_rng(1)
-    for part, n in (("train", 9_000), ("val", 2_000)):
-        (rng.integers(0, 64, n) // 3 * 3).astype(np.uint16).tofile(folder / f"{part}.bin")
-    (folder / "meta.json").write_text(json.dumps({"dtype": "uint16", "vocab_size": 257, "tokenizer": "byte"}))
+    few_tokens(folder, 9_000, seed=1)
     return folder
 
 

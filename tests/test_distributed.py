@@ -20,6 +20,7 @@ from gptfit.errors import GptfitError
 from gptfit.model import GPT
 from gptfit.train import train
 from ranks import Job, as_processes, train_together
+from tokens import few_tokens
 
 torch.set_num_threads(1)
 
@@ -27,10 +28,7 @@ torch.set_num_threads(1)
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("steps")
-    rng = np.random.default_rng(0)
-    for part, n in (("train", 20_000), ("val", 2_000)):
-        (rng.integers(0, 32, n) // 2 * 3).astype(np.uint16).tofile(folder / f"{part}.bin")
-    (folder / "meta.json").write_text(json.dumps({"dtype": "uint16", "vocab_size": 257, "tokenizer": "byte"}))
+    few_tokens(folder)
     return folder
 
 

@@ -1,6 +1,5 @@
 """The average of the weights: by hand, through a resume, in what is evaluated and exported, and in the estimate."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from gptfit.sample import load_model
 from gptfit.trace import trace_program
 from gptfit.train import train
 from ranks import Job, train_together
+from tokens import few_tokens
 
 torch.set_num_threads(1)
 
@@ -34,10 +34,7 @@ DECAY = 0.5
 @pytest.fixture(scope="module")
 def keys(tmp_path_factory) -> dict[str, Any]:
     folder: Path = tmp_path_factory.mktemp("steps")
-    rng = np.random.default_rng(0)
-    for part, n in (("train", 20_000), ("val", 2_000)):
-        (rng.integers(0, 32, n) // 2 * 3).astype(np.uint16).tofile(folder / f"{part}.bin")
-    (folder / "meta.json").write_text(json.dumps({"dtype": "uint16", "vocab_size": 257, "tokenizer": "byte"}))
+    few_tokens(folder)
     return {
         "n_layer": 2, "n_head": 2, "n_embd": 16, "vocab_size": 257, "block_size": 16, "dataset": str(folder),
         "batch_size": 3, "gradient_accumulation_steps": 4, "dtype": "float32", "compile": False, "ema_decay": DECAY,

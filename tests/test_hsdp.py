@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -19,6 +18,7 @@ from gptfit.memory.step import pieces, steady_step
 from gptfit.train import train
 from peaks import measure_jobs
 from ranks import Job, as_processes, train_together
+from tokens import few_tokens
 
 torch.set_num_threads(1)
 
@@ -28,10 +28,7 @@ NODES = {"n_gpus": 4, "shard_gpus": 2, "strategy": "hsdp"}
 @pytest.fixture(scope="module")
 def keys(tmp_path_factory) -> dict[str, Any]:
     folder: Path = tmp_path_factory.mktemp("steps")
-    rng = np.random.default_rng(0)
-    for part, n in (("train", 20_000), ("val", 4_000)):
-        (rng.integers(0, 32, n) // 2 * 3).astype(np.uint16).tofile(folder / f"{part}.bin")
-    (folder / "meta.json").write_text(json.dumps({"dtype": "uint16", "vocab_size": 257, "tokenizer": "byte"}))
+    few_tokens(folder, 20_000, 4_000)
     return {
         "n_layer": 2, "n_head": 2, "n_embd": 16, "vocab_size": 257, "block_size": 16, "dataset": str(folder),
         "batch_size": 4, "gradient_accumulation_steps": 8, "dtype": "float32", "compile": False, "ema_decay": 0.5,

@@ -3,7 +3,6 @@
 GPTFIT_KILLS is the number of kills, GPTFIT_KILLS_SEED chooses their moments.
 """
 
-import json
 import multiprocessing
 import os
 import random
@@ -12,11 +11,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from gptfit import metrics
 from gptfit.checkpoint import checkpoint_paths, load
+from tokens import few_tokens
 
 KILLS = int(os.environ.get("GPTFIT_KILLS", "20"))
 SEED = int(os.environ.get("GPTFIT_KILLS_SEED", "1"))
@@ -40,10 +39,7 @@ def run_to_the_end(keys: dict[str, Any], out: str, resume: bool) -> None:
 @pytest.fixture(scope="module")
 def keys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("data")
-    rng = np.random.default_rng(1)
-    for part, n in (("train", 9_000), ("val", 2_000)):
-        (rng.integers(0, 64, n) // 3 * 3).astype(np.uint16).tofile(folder / f"{part}.bin")
-    (folder / "meta.json").write_text(json.dumps({"dtype": "uint16", "vocab_size": 257, "tokenizer": "byte"}))
+    few_tokens(folder, 9_000, seed=1)
     return {
         "n_layer": 2, "n_head": 2, "n_embd": 32, "vocab_size": 4096, "block_size": 16, "dataset": str(folder),
         "batch_size": 2, "gradient_accumulation_steps": 2, "dtype": "float32", "compile": False, "dropout": 0.1,

@@ -9,7 +9,6 @@ import signal
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
@@ -23,6 +22,7 @@ from gptfit.model import GPT
 from gptfit.sample import sample
 from gptfit.train import train
 from ranks import Job, as_processes, train_jobs, train_together
+from tokens import few_tokens
 
 torch.set_num_threads(1)
 
@@ -33,10 +33,7 @@ LAST, BEFORE = "checkpoint-00000006", "checkpoint-00000003"
 def keys(tmp_path_factory) -> dict[str, Any]:
     """Two optimizers, an average, and vectors that are shorter than there are processes."""
     folder: Path = tmp_path_factory.mktemp("steps")
-    rng = np.random.default_rng(0)
-    for part, n in (("train", 20_000), ("val", 2_000)):
-        (rng.integers(0, 32, n) // 2 * 3).astype(np.uint16).tofile(folder / f"{part}.bin")
-    (folder / "meta.json").write_text(json.dumps({"dtype": "uint16", "vocab_size": 257, "tokenizer": "byte"}))
+    few_tokens(folder)
     return {
         "n_layer": 2, "n_head": 8, "n_embd": 16, "vocab_size": 257, "block_size": 16, "dataset": str(folder),
         "batch_size": 2, "gradient_accumulation_steps": 4, "dtype": "float32", "compile": False, "qk_norm": True,

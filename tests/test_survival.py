@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -17,6 +16,7 @@ from gptfit.memory.step import steady_peak
 from gptfit.session import Good
 from gptfit.train import train
 from ranks import Job, train_together
+from tokens import few_tokens
 
 torch.set_num_threads(1)
 
@@ -48,10 +48,7 @@ OF_TWO = {
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("data")
-    rng = np.random.default_rng(1)
-    for part, n in (("train", 9_000), ("val", 2_000)):
-        (rng.integers(0, 64, n) // 3 * 3).astype(np.uint16).tofile(folder / f"{part}.bin")
-    (folder / "meta.json").write_text(json.dumps({"dtype": "uint16", "vocab_size": 257, "tokenizer": "byte"}))
+    few_tokens(folder, 9_000, seed=1)
     return folder
 
 
