@@ -228,9 +228,9 @@ def test_files_that_are_something_else(tmp_path):
     assert "another kind, expected .yaml" in error_of(tmp_path / "notes.txt")
     assert "not UTF-8 text" in error_of(tmp_path / "weights.yaml")
     assert "binary" in error_of(tmp_path / "zeros.py")
+    assert error_of(tmp_path / "loop.yaml") == f'"{tmp_path / "loop.yaml"}" is a link that leads nowhere'
     assert "longer than" in error_of(tmp_path / "long.py")
     assert "not a regular file" in error_of(tmp_path / "pipe.yaml")
-    error_of(tmp_path / "loop.yaml")
     for odd in ("", "a\0b.yaml", "x" * 5000 + ".yaml", "\n", "é\ud800.yaml", "/", "no/such/dir"):
         error_of(odd)
 

@@ -37,6 +37,8 @@ def test_a_part_of_a_byte_is_no_size(text: str) -> None:
         (("plan", "--gpu", "rtx4070,all"), 'expected names alone, or all, or auto'),
         (("plan", ""), "the config is an empty text"),
         (("verify", "gpt2", "--gpu", "rtx4070"), "gptfit verify takes no --gpu"),
+        (("estimate", "gpt2", "--gpus", "2"), "gptfit estimate takes no --gpus; plan does"),
+        (("train", "tiny", "eval_only=True"), "eval_only=True: gptfit train changes weights"),
         (("plan", "--gpu", "rtx4070", "--allow", "adam"), 'unknown lever "adam"'),
     ],
 )  # fmt: skip
@@ -150,3 +152,27 @@ def test_every_size_is_read_alike(capsys: pytest.CaptureFixture[str], words: tup
 def test_what_comes_once_is_called_by_its_name(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     _, _, err = typed(capsys, "data", "prepare", "/dev/null", "--out", str(tmp_path / "out"))
     assert err.startswith("/dev/null comes once") and "stdin" not in err.splitlines()[0]
+
+
+def test_what_nanogpt_is_told_by_a_key_and_this_by_an_option(tmp_path: Path) -> None:
+    from gptfit.door import read_config
+    from gptfit.launch import said_otherwise
+
+    path = tmp_path / "train_small.py"
+    path.write_text("out_dir = 'out-small'\nwandb_log = False\nbatch_size = 8\n")
+    assert said_otherwise(read_config(str(path))) == [
+        "out_dir=out-small has no effect here: the run's folder is --out DIR"
+    ]
+    assert [
+        line.partition("=")[0] for line in said_otherwise(read_config("tiny", ["wandb_log=True", "device=cpu"]))
+    ] == [
+        "device",
+        "wandb_log",
+    ]
+    assert said_otherwise(read_config("tiny", ["batch_size=8"])) == []
+
+
+def test_no_older_run_is_taken_for_one_that_was_not_found(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    code, _, err = typed(capsys, "plan", "gpt2-xl", "--gpu", "gtx1650", "--save", str(path))
+    assert (code, err, path.exists()) == (1, f"{path} is not written: no run fits\n", False)

@@ -143,7 +143,7 @@ def test_without_a_tokenizer_there_are_no_samples_and_one_line(dataset: Path, tm
     (folder / "meta.json").write_text(json.dumps({**meta, "tokenizer": "/nowhere/vocab.bpe"}))
     events: list[Event] = []
     train(tiny(folder, sample_interval=2), tmp_path / "out", on_event=events.append)
-    assert [e.text for e in events if isinstance(e, Note)] == ['no samples: unknown tokenizer "/nowhere/vocab.bpe"']
+    assert [e.text for e in events if isinstance(e, Note)] == ['no samples: there is no rank file "/nowhere/vocab.bpe"']
     assert all("val_bpb" not in entry for entry in metrics.read(tmp_path / "out"))
 
 

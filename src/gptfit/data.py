@@ -23,6 +23,7 @@ from gptfit.errors import GptfitError
 from gptfit.prepare import META, prepare
 from gptfit.shards import Shards, open_shards, shard_path, windows
 from gptfit.stdlib import default_folder
+from gptfit.tokenizer import nearer
 from gptfit.unfinished import refuse_unfinished
 
 __all__ = ["TRAIN", "VAL", "Dataset", "Feed", "load_batch", "open_dataset", "prepare", "sequence_starts"]
@@ -66,7 +67,10 @@ def open_dataset(run: RunConfig) -> Dataset:
     """
     folder = default_folder(run.tokenizer) if not run.dataset else _find(run.dataset)
     meta = _read_meta(folder)
-    if run.tokenizer and meta.get("tokenizer", run.tokenizer) != run.tokenizer:
+    if "tokenizer" in meta:
+        meta["tokenizer"] = nearer(meta["tokenizer"], folder)
+    wanted = nearer(run.tokenizer, folder)
+    if run.tokenizer and meta.get("tokenizer", wanted) != wanted:
         raise GptfitError(
             f'"{folder}" was made by the tokenizer {_short(meta["tokenizer"])}, not {_short(run.tokenizer)}',
             "leave tokenizer out, or prepare the data again with the other one",
@@ -79,7 +83,7 @@ def open_dataset(run: RunConfig) -> Dataset:
             f"vocab_size={run.vocab_size} is less than the {vocab_size} ids of the data in {folder}",
             f"vocab_size={-(-vocab_size // 64) * 64} (a multiple of 64 is fastest)",
         )
-    tokenizer = run.tokenizer or meta.get("tokenizer", "gpt2")
+    tokenizer = wanted or meta.get("tokenizer", "gpt2")
     return Dataset(run.dataset or "python", train, val, vocab_size, tokenizer, _fingerprint(train, val))
 
 

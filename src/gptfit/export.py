@@ -14,7 +14,7 @@ from gptfit.huggingface_weights import to_huggingface
 from gptfit.named import check_format, no_checkpoint
 from gptfit.nanogpt_file import OTHER_TRAIN_PY, TRAIN_PY
 from gptfit.replacing import replacing
-from gptfit.tokenizer import get_tokenizer
+from gptfit.tokenizer import get_tokenizer, nearer
 
 MODEL_ARGS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
 
@@ -42,7 +42,8 @@ def export(out_dir: Path | str, to: Path | str | None = None, format: str = "hf"
         raise no_checkpoint(out_dir)
     folder = Path(to) if to is not None else Path(out_dir) / format
     writer = _write_huggingface if format == "hf" else _write_nanogpt
-    files, model = writer(replace(found.checkpoint, ema={}) if raw else found.checkpoint, folder)
+    checkpoint = replace(found.checkpoint, tokenizer=nearer(found.checkpoint.tokenizer, found.path.parent))
+    files, model = writer(replace(checkpoint, ema={}) if raw else checkpoint, folder)
     return Exported(files, found.checkpoint.step, model)
 
 

@@ -34,6 +34,8 @@ def read_text(path: Path) -> str:
             inside = path / "config.json"
             hint = f"did you mean {shown(inside, 200)}?" if inside.is_file() else _HINT_TEXT
             raise GptfitError(f'"{shown(path, 200)}" is a directory, expected a file', hint)
+        if path.is_symlink() and not path.exists():
+            raise GptfitError(f'"{shown(path, 200)}" is a link that leads nowhere', _HINT_TEXT)
         if not path.exists():
             raise GptfitError(f'there is no file "{shown(path, 200)}"{_nearest_file(path)}', _HINT_TEXT)
         if not path.is_file():
@@ -59,7 +61,8 @@ def _nearest_file(path: Path) -> str:
     """The clause that offers configs beside the missing `path`."""
     try:
         beside = itertools.islice(path.parent.iterdir(), 1000)
-        return nearest(path.name[:60], [file.name for file in beside if file.suffix == path.suffix])
+        names = [file.name for file in beside if file.suffix == path.suffix and file.exists()]
+        return nearest(path.name[:60], names)
     except OSError:
         return ""
 

@@ -1,5 +1,6 @@
 """What `gptfit train` decides before it trains: which run, and whether it fits where it will run."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,6 +33,14 @@ GPU_OVERRIDES = (
     "eval_interval=80",
     "eval_iters=10",
 )
+
+
+# Keys of nanoGPT's train.py that are options here, by the start of what has no effect.
+OPTIONS = {
+    "out_dir": "the run's folder is --out DIR",
+    "device": "--device NAME says it",
+    "wandb_log": "--log wandb does it",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +99,7 @@ def prepare_launch(
     seen = detect()  # before CUDA starts here, whose context would count as others' memory
     device = pick_device(device_name)
     source = choose_source(asked, auto_fit, resume_from, device)
+    source = replace(source, notes=(*source.notes, *said_otherwise(source)))
     if device.type != "cuda":
         return Launch(source.run, notes=source.notes)
     gpu = next((gpu for gpu in seen if gpu.uuid.endswith(gpu_uuid(device))), None)
@@ -124,6 +134,30 @@ def choose_source(asked: Asked, auto_fit: bool, resume_from: Path | None, device
         mine = (word for word in GPU_OVERRIDES if word.partition("=")[0] not in given)
         return read_config(None, (*mine, *asked.overrides))
     return read_config(CPU_PRESET, asked.overrides)
+
+
+def said_otherwise(source: ConfigSource) -> list[str]:
+    """A line for each key that train.py obeys and that is an option here.
+
+    Raises GptfitError for eval_only: who asks for that wants no weight changed.
+    """
+    given = {key: set_to(text) for key, text in source.ignored.items()}
+    if given.get("eval_only") == "True":
+        raise GptfitError(
+            "eval_only=True: gptfit train changes weights",
+            "leave it out to train; the losses of a run: gptfit report DIR",
+        )
+    plain = {"wandb_log": "False"}
+    return [
+        f"{key}={given[key]} has no effect here: {how}"
+        for key, how in OPTIONS.items()
+        if key in given and given[key] != plain.get(key)
+    ]
+
+
+def set_to(text: str) -> str:
+    """The value in a key's text: out_dir = 'out', out_dir=out or out_dir: out."""
+    return re.split("[=:]", text, maxsplit=1)[-1].strip().strip("'\"")
 
 
 def plan_launch(source: ConfigSource, card: Card, gpu: DriverGpu) -> Launch:

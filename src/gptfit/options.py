@@ -181,7 +181,8 @@ def _check_option(context: typer.Context, word: str) -> None:
     others = context.parent.command.commands.values() if context.parent else ()  # pyright: ignore
     if takers := [o.name for o in others if any(name in parameter.opts for parameter in o.params)]:
         raise GptfitError(
-            f"{context.command_path} takes no {name}; {', '.join(takers)} do", f"see: {context.command_path} --help"
+            f"{context.command_path} takes no {name}; {', '.join(takers)} {'do' if takers[1:] else 'does'}",
+            f"see: {context.command_path} --help",
         )
     known = [option for option in options if option.startswith("--")] + [f"--{key}" for key in KEYS]
     raise GptfitError(f'unknown option "{name[:60]}"{nearest(name[:60], known)}', f"see: {context.command_path} --help")

@@ -107,19 +107,25 @@ def prepare(
         question = asked(listed.files, options, command)
         progress = begin(folder, question, restart)
         job = _Job(folder, listed, coder, question, workers, on_progress)
-        if on_begin is not None and (progress.n or reads_once(question)):
-            on_begin(_first_line(progress, listed.files))
+        if on_begin is not None:
+            for line in _first_lines(progress, question, listed.files, folder):
+                on_begin(line)
         with job.unharmed():
             progress = progress if progress.meta else job.make(progress)
             return job.place(progress)
 
 
-def _first_line(progress: Progress, files: Sequence[Path | None]) -> str:
-    if not progress.n:
-        once = next(path for path in files if path is None or not path.is_file())
-        return f"{once or 'stdin'} comes once: cut short, this begins anew; from a file it would go on"
+def _first_lines(
+    progress: Progress, question: dict[str, Any], files: Sequence[Path | None], folder: Path
+) -> Iterator[str]:
     n_files = len(files)
-    return f"going on from {progress.n:,} tokens, file {min(progress.place.file + 1, n_files):,} of {n_files:,}"
+    if progress.n:
+        yield f"going on from {progress.n:,} tokens, file {min(progress.place.file + 1, n_files):,} of {n_files:,}"
+    elif reads_once(question):
+        once = next(path for path in files if path is None or not path.is_file())
+        yield f"{once or 'stdin'} comes once: cut short, this begins anew; from a file it would go on"
+    if not progress.n and (folder / META).is_file():
+        yield f"{folder} holds data already; they are replaced once the new ones are whole"
 
 
 class _Job:

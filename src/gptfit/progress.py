@@ -14,7 +14,7 @@ from rich.text import Text
 from gptfit.config import RunConfig
 from gptfit.events import Event, Finished, Measured, Note, Sampled, Saved, Started, Stepped
 from gptfit.forms import refusal
-from gptfit.units import format_bytes
+from gptfit.units import counted, format_bytes
 
 # Columns of the narrowest terminal that is usual.
 WIDTH = 80
@@ -162,9 +162,10 @@ def lines(event: Event, run: RunConfig | None = None) -> list[str]:
     if isinstance(event, Started):
         run = event.run
         first = f"from step {event.step}, " if event.step else ""
+        steps = counted(run.max_iters, "step")
         return [
             f"{event.n_params:,} parameters on {event.device}, {run.dtype}, {run.tokens_per_step:,} tokens a step",
-            f"{event.n_train_tokens:,} tokens of {event.data}, {first}{run.max_iters:,} steps, out: {event.out_dir}",
+            f"{event.n_train_tokens:,} tokens of {event.data}, {first}{steps}, out: {event.out_dir}",
         ]
     if isinstance(event, Note):
         return [event.text]

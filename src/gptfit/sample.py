@@ -12,7 +12,7 @@ from gptfit.device import adapt, pick_device
 from gptfit.errors import GptfitError
 from gptfit.model import GPT
 from gptfit.named import no_checkpoint
-from gptfit.tokenizer import Tokenizer, get_tokenizer
+from gptfit.tokenizer import Tokenizer, get_tokenizer, nearer
 
 
 def sample(
@@ -43,7 +43,7 @@ def sample(
             f"temperature={temperature} seed={seed}: expected a finite number and one of 64 bits", "0.8 and 1337"
         )
     device = pick_device(device_name)
-    tokenizer = get_tokenizer(found.checkpoint.tokenizer)
+    tokenizer = get_tokenizer(nearer(found.checkpoint.tokenizer, found.path.parent))
     model = load_model(replace(found.checkpoint, ema={}) if raw else found.checkpoint, device)
     ids = start_ids(tokenizer, prompt, model.run.vocab_size)
     torch.manual_seed(seed)

@@ -66,6 +66,7 @@ def set_up(
     with ranks.together():
         if ranks.first:
             _write_run(run, out)
+            _keep_rank_file(data.tokenizer, out)
             metrics.keep_until(out, session.step)
     with ranks.together():
         if not (out / RUN_FILE).is_file():
@@ -141,6 +142,14 @@ def _build(
 def _write_run(run: RunConfig, out: Path) -> None:
     with replacing(out / RUN_FILE) as file:
         file.write(yaml.safe_dump(run.model_dump(), sort_keys=False).encode())
+
+
+def _keep_rank_file(tokenizer: str, out: Path) -> None:
+    """A copy of a tokenizer of one's own beside the checkpoints, which say nothing without it."""
+    path = Path("" if tokenizer.startswith("char:") else tokenizer)
+    if path.is_file() and path.parent.resolve() != out.resolve():
+        with replacing(out / path.name) as file:
+            file.write(path.read_bytes())
 
 
 def _on_cpu(states: Mapping[str, Any]) -> dict[str, Any]:

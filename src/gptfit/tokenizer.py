@@ -130,10 +130,23 @@ def get_tokenizer(name: str = "") -> Tokenizer:
     path = Path(name).expanduser()
     if path.is_file():
         return _from_rank_file(path)
+    if path.suffix or path.name != name:  # no name of ours, but that of a file
+        raise GptfitError(
+            f'there is no rank file "{name}"', "the tokenizer that made these tokens is needed: copy it there"
+        )
     raise GptfitError(
         f'unknown tokenizer "{name}"{nearest(name, ("byte", "gpt2"), 1)}',
         "tokenizers are byte, gpt2, and the path of a rank file (gpt2.tiktoken, vocab.bpe)",
     )
+
+
+def nearer(name: str, folder: Path) -> str:
+    """The rank file `name`, as the copy of it that `folder` has where it has one: folders are moved to other machines,
+    and the file is made anew in the first place."""
+    if name in ("", "byte", "gpt2") or name.startswith("char:"):
+        return name
+    copy = folder / Path(name).name
+    return str(copy.resolve()) if copy.is_file() else name
 
 
 def token_bytes(name: str) -> np.ndarray | None:

@@ -1,6 +1,8 @@
 """What fits: plan, estimate and explain-oom."""
 
+import sys
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -34,6 +36,9 @@ from gptfit.options import (
     options_of,
     program_of,
 )
+
+if TYPE_CHECKING:
+    from gptfit.plan import Plan
 
 app = typer.Typer()
 
@@ -97,10 +102,8 @@ def plan(
     answer = make_plan(source, *how) if gpus is None else plan_on_gpus(source, gpus, *how)
     if gpus is not None and answer.run is not None:
         asked = replace(asked, overrides=(*asked.overrides, f"n_gpus={gpus}", f"strategy={answer.run.strategy}"))
-    if save is not None and answer.run is not None:
-        from gptfit.door import save_run
-
-        save_run(answer.run, save, asked.gptfit("plan", {}, "--gpu", card.profile.name))
+    if save is not None:
+        save_choice(answer, save, asked.gptfit("plan", {}, "--gpu", card.profile.name))
     if html is not None:
         from gptfit.report.html import plan_page, write_page
 
@@ -117,6 +120,16 @@ def plan(
         after_plan(answer, source, asked, save),
     )
     return YES if answer.verdict == "fits" else NO
+
+
+def save_choice(answer: "Plan", path: str, header: str) -> None:
+    """Writes the run that was chosen, or says that there is none: an older file of that name is another run's."""
+    if answer.run is None:
+        print(f"{path} is not written: no run fits", file=sys.stderr)
+        return
+    from gptfit.door import save_run
+
+    save_run(answer.run, path, header)
 
 
 @app.command(context_settings=WORDS)
