@@ -14,7 +14,7 @@ from gptfit.oom.changes import Failure, run_remedies, worded_remedies
 from gptfit.oom.container import seen_from_outside
 from gptfit.oom.engines import ENGINES
 from gptfit.oom.enough import Prospect, hidden_bytes, lent_bytes, missing_bytes, reserved_bytes
-from gptfit.oom.failed_run import BATCH, MODEL, TOLD, FailedRun, failed_run
+from gptfit.oom.failed_run import BATCH, MODEL, FailedRun, failed_run
 from gptfit.oom.folk import folk_advice
 from gptfit.oom.instant import SLACK, Instant, find_instant
 from gptfit.oom.read import OomFacts, read_paste
@@ -207,9 +207,9 @@ def _fused_attention(facts: OomFacts, tensor: tensors.Tensor | None) -> list[Rem
 
 
 def _of_anything(facts: OomFacts, failed: FailedRun | None, program: str | None) -> bool:
-    """Whether nothing says that it was a GPT: no trainer, none of a GPT's sizes but a batch."""
-    told = failed.told if failed is not None and not failed.from_file else TOLD
-    return program is None and facts.program not in TRAINERS and not told & (TOLD - {"batch_size"})
+    """Whether nothing says whose code it was, nor how large the model: a figure would be one of GPT-2 in nanoGPT's."""
+    told = failed.told if failed is not None and not failed.from_file else MODEL
+    return program is None and facts.program not in TRAINERS and not told >= MODEL
 
 
 def _folk(facts: OomFacts) -> bool:

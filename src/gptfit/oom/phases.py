@@ -31,13 +31,15 @@ _COMPILE_FUNCTION = lazy(
 # What these files do at run time, with the compiled code in hand.
 _COMPILED_RUN = frozenset(("run", "__call__", "_run_from_cache", "call", "new_callable", "wrapper", "run_node_cached"))
 _COMPILE_RECORD = lazy(r"cudagraph_trees|cuda[/\\]graphs")
-_CHECKPOINT_FILE = lazy(r"torch[/\\]serialization|torch[/\\]distributed[/\\]checkpoint|safetensors")
+_CHECKPOINT_FILE = lazy(
+    r"torch[/\\]serialization|fsdp[/\\]_state_dict_utils|torch[/\\]distributed[/\\]checkpoint|safetensors"
+)
 _CHECKPOINT_FUNCTION = lazy(
     r"(?:load|save|resume|restore)_(?:from_)?(?:checkpoint|ckpt|state|training_state)\w{0,20}|_save_checkpoint|load_state_dict"
     r"|_load_state_dict\w{0,20}|persistent_load|_cuda_deserialize|restore_location|_rebuild_tensor\w{0,10}|state_dict|full_state_dict"
     r"|_load_optimizer_and_scheduler|save_model"
 )
-_CHECKPOINT_CODE = lazy(r"\btorch\.(?:load|save)\(|\bload_state_dict\(|\b(?:load|save)_checkpoint\(")
+_CHECKPOINT_CODE = lazy(r"\btorch\.(?:load|save)\(|\bload_state_dict\(|\b(?:load|save)_checkpoint\(|\w\.state_dict\(\)")
 _OPTIMIZER_FILE = lazy(
     r"torch[/\\]optim[/\\]|bitsandbytes[/\\]optim|apex[/\\]optimizers|torchao[/\\]optim|torch[/\\]amp[/\\]grad_scaler"
     r"|torch[/\\]cuda[/\\]amp[/\\]grad_scaler|nn[/\\]utils[/\\]clip_grad|transformer_engine[/\\].{0,40}optim|[/\\]\w{0,12}muon\w{0,12}\.py|(?:^|[/\\])optim\w{0,12}\.py"
@@ -63,7 +65,7 @@ _LOAD_FUNCTION = lazy(
     r"from_pretrained|_from_pretrained|_?load_pretrained_model|load_model\w{0,20}|_load_state_dict_into\w{0,20}|dispatch_model|init_model"
     r"|set_module_tensor_to_device|_init_weights|reset_parameters|init_weights|build_model|create_model|setup_model|get_model|fully_shard"
     r"|load_checkpoint_in_model|_move_model_to_device|prepare_model|_prepare_model|to_empty|_broadcast_coalesced|_sync_module_states"
-    r"|_replace_with_\w{1,30}|materialize_\w{1,20}|post_init|__init__"
+    r"|create_weights|load_weights|_?initialize_model|_replace_with_\w{1,30}|materialize_\w{1,20}|post_init|__init__"
 )
 _LOAD_MODULE_FUNCTION = lazy(r"to|_apply|convert|cuda|half|float|bfloat16|double|to_empty")
 _LOAD_CODE = lazy(

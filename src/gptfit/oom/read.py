@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from gptfit.errors import GptfitError
-from gptfit.oom.clean import Line, clean_lines, printable
+from gptfit.oom.clean import Line, clean_lines, printable, window
 from gptfit.oom.figures import THIS_PROCESS, Message, best_of, messages_in, processes_in, repetitions
 from gptfit.oom.frames import Frame, is_header, read_frames
 from gptfit.oom.hints import (
@@ -122,6 +122,7 @@ class _Paste:
 
 def read_paste(text: str) -> OomFacts:
     """The facts of a pasted traceback or log. Raises GptfitError if there is nothing in it."""
+    text = window(text)
     lines = clean_lines(text) if text.strip() else []
     if not lines:
         raise GptfitError("the paste is empty", "paste the traceback, from the first line to the last")

@@ -9,6 +9,7 @@ from gptfit.oom.pattern import lazy
 
 MiB = 1 << 20
 LAST = 20_000  # characters before the message in which a log tells the step
+BAR_WIDTH = 300  # characters of a progress bar and what stands before it
 LEAST_STEPS = 20  # by then every tensor of a step has been made, its optimizer's state too
 
 _CARD = lazy(r"(?<![\d.])(\d{1,7})MiB\s{0,4}/\s{0,4}(\d{3,7})MiB")
@@ -16,7 +17,7 @@ _MESSAGE = lazy(r"out of memory|tried to allocate", re.I)
 _STEP = lazy(
     r"\b(?:iter(?:ation)?|(?:global_|train_?)?step|batch)[\"']?\s{0,2}[:= ]\s{0,4}(\d{1,9})(?![\d.]*[%x])", re.I
 )
-_BAR = lazy(r"([^\n\r|]{0,60})\|\s{0,3}(\d{1,9})/(\d{1,9}) \[\d{1,3}:\d\d[^\]\n\r]{0,60}(?:it/s|s/it|step/s|ba/s)")
+_BAR = lazy(r"\|\s{0,3}(\d{1,9})/(\d{1,9}) \[\d{1,3}:\d\d[^\]\n\r]{0,60}(?:it/s|s/it|step/s|ba/s)")
 _NO_STEPS = lazy(
     r"map|load|download|token|generat|process|filter|fetch|shard|extract|pack|convert|sanity|valid|eval", re.I
 )
@@ -56,8 +57,9 @@ def steps_before(text: str) -> int:
     log = text[max(0, end - LAST) : end]
     counted = [(match.start(), int(match.group(1))) for match in _STEP.finditer(log)]
     for match in _BAR.finditer(log):
-        if match.group(2) != match.group(3) and not _NO_STEPS.search(match.group(1)):
-            counted.append((match.start(), int(match.group(2))))
+        name = log[max(0, match.start() - BAR_WIDTH) : match.start()].replace("\r", "\n").rpartition("\n")[2]
+        if match.group(1) != match.group(2) and not _NO_STEPS.search(name):
+            counted.append((match.start(), int(match.group(1))))
     return max(counted)[1] if counted else 0
 
 
