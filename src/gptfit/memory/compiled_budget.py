@@ -119,22 +119,19 @@ class Lean(Compiled):
         del self.inputs[:1]
         given: dict[str, Tensor] = dict(zip((OVER, ZEROS), grads, strict=False))
         grads.clear()
-        self.planned_backward(given, self.run.tie_embeddings)
+        self.planned_backward(given)
         self.accumulate()
 
     def blocks_backward(self, dx: Tensor, tied_here: bool) -> None:
-        self.planned_backward({FINAL: dx}, tied_here)
+        self.planned_backward({FINAL: dx})
 
-    def planned_backward(self, given: dict[str, Tensor], tied_here: bool) -> None:
+    def planned_backward(self, given: dict[str, Tensor]) -> None:
         self.w.mark("blocks", "backward")
         plan = LeanPlan(self, given)
         plan.write()
-        part = self.embedding_backward(tied_here)
-        plan.write_end()
         self.inputs.clear()
         for tensors in (self.head_kept, self.embedding_kept, self.stretches[0].kept):
             tensors.clear()
-        part.clear()
 
 
 class LeanNanoGPT(Lean, CompiledNanoGPT):

@@ -6,9 +6,14 @@ summed again from the embedding and what was added to it; a sum that is used twi
 more than four tensors (torch/_inductor/ir.py, should_realize_on_reuse), and so is a norm's normalised input.
 """
 
-from gptfit.memory.compiled_again import Again
-from gptfit.memory.compiled_plan import OUTPUT, Kernel, Slot
+from math import prod
 
+from gptfit.memory.compiled import PADDED_FROM, ROW_ALIGNMENT_BYTES
+from gptfit.memory.compiled_again import Again
+from gptfit.memory.compiled_plan import GIVEN, OUTPUT, TEMPORARY, Kernel, Slot
+from gptfit.memory.tape import DTYPE_BYTES
+
+EMBEDDING = "end/wte.weight.grad"
 MOST_READS = 4  # torch/_inductor/config.py, realize_reads_threshold
 MAX_DISTANCE = 64  # torch/_inductor/scheduler.py, are_long_distant_nodes
 
@@ -25,9 +30,34 @@ class Lean(Again):
 
     def __init__(self, *given: object) -> None:
         super().__init__(*given)  # type: ignore[arg-type]
+        self.unpadded: dict[str, tuple[tuple[int, ...], str]] = {}
         self.stream_reads: list[list[str]] = []
         self.kept_here: Names = {}  # of the block that is being written
         self.positions = ""  # the rows that are added to the embedding
+
+    def slot(self, name: str, shape: tuple[int, ...], dtype: str, kind: str = TEMPORARY, whole: str = "") -> str:
+        """Of what kernels write, long strides are whole lines (torch/_inductor/ir.py, Layout._pad_strides)."""
+        if kind != TEMPORARY or len(shape) < 3 or name.startswith("end/"):
+            return super().slot(name, shape, dtype, kind, whole)
+        aligned = ROW_ALIGNMENT_BYTES // DTYPE_BYTES[dtype]
+        stride = length = 1
+        for size in reversed(shape):
+            length += (size - 1) * stride
+            stride *= size
+            if stride > PADDED_FROM:
+                stride = -(-stride // aligned) * aligned
+        super().slot(name, shape, dtype, kind, whole)
+        if length != prod(shape):  # which no one counts, but whose place can be taken by the like alone
+            self.unpadded[name] = shape, dtype
+            self.slots[name] = self.slots[name]._replace(dtype=f"{dtype} in lines")
+            self.shapes[name] = (length,), dtype
+        return name
+
+    def call(self, write: str, *reads: str) -> str:
+        """What a library writes is padded nowhere."""
+        if write in self.unpadded:
+            super().slot(write, *self.unpadded[write])
+        return super().call(write, *reads)
 
     # ---- the residual stream ------------------------------------------------------------------------------------
 
@@ -151,6 +181,11 @@ class Lean(Again):
         gradient = self.attention_backward(dy, reads, made_of)
         if run.attention == "flash" and self.low != "float32":
             self.leave_out_copies(first)
+        for kernel in self.kernels[first:] if run.attention == "math" else ():
+            name = kernel.writes[0].removeprefix(self.at)
+            kernel.extern &= not name.endswith(" piece")  # laid out by head
+            if name in ("attn.q row", "attn.q scaled copy"):
+                kernel.group = f"{self.at}q"
         return gradient
 
     def leave_out_copies(self, first: int) -> None:
@@ -194,7 +229,10 @@ class Lean(Again):
         kept, group = self.kept_here, f"{self.at}softmax"
         softmax = [kept[f"attn.y {part}"] for part in ("scores", "maximum", "sum", "mask") if f"attn.y {part}" in kept]
         p = self.scores("probabilities")
-        self.add([p], softmax, group=group)
+        # The causal mask is one for all heads: their loops, which those of a sum over rows are not, unless they cannot
+        # be one for all heads either.
+        of_rows = group if run.batch_size * run.n_head == 1 or p in self.unpadded else ""
+        self.add([p], softmax, places={p: (softmax[0],)}, group=group)
         if run.n_head > 1:
             by_head = self.rows("attn.y gradient by head", c)
             self.add([by_head], [dy])
@@ -202,15 +240,14 @@ class Lean(Again):
         d_v = self.call(self.rows("attn.v gradient", c), p, dy)
         d_p = self.call(self.scores("probabilities gradient"), dy, self.operand("v", reads))
         row, d_s = self.statistic("attn.y row", run.n_head), self.scores("scores gradient")
-        through = [d_p, *softmax]
-        if self.low == "float32":
-            through = [d_p, p, *softmax]
-        else:  # their product is written down, as it reads too much
+        through, again = [p, d_p], []
+        if self.low != "float32" or run.dropout:  # p is not what softmax gave: its product is written down
             weighed = self.scores("probabilities weighed", "float32")
-            self.add([weighed], through, group=group)
-            through = [weighed, *through]
-        self.add([row], through, group=group)
-        self.add([d_s], [row, *through], group=group)
+            self.add([weighed], [*softmax, d_p], places={weighed: (softmax[0], d_p)}, group=group)
+            through, again = [weighed], softmax[:3]
+        self.add([row], through, group=of_rows)
+        reads_s = [*again, *through, row]
+        self.add([d_s], reads_s, places={d_s: tuple(reads_s)}, group=of_rows or f"{self.at}masked")
         d_k = self.call(self.rows("attn.k gradient", c), d_s, self.operand("q scaled", reads))
         d_q = self.call(self.rows("attn.q gradient", c), d_s, self.operand("k", reads))
         return [d_q, d_k, d_v]
@@ -255,18 +292,38 @@ class Lean(Again):
         """The gradients of the embeddings, that of the tied head's product with it."""
         run, c = self.run, self.run.n_embd
         masks = [kept["emb mask"]] if run.dropout else []
-        if masks:
-            self.at = "end/"
-            masked = self.rows("embedding gradient by token", c, self.stream)
-            self.add([masked], [dx, *masks], places={masked: (dx,)})
-            dx = masked
-        if run.position == "learned":
+        if run.position == "learned":  # read twice: by the sum over sequences, too
+            if masks:
+                self.at = "end/"
+                masked = self.rows("embedding gradient by token", c, self.stream)
+                self.add([masked], [dx, *masks], places={masked: (dx,)})
+                dx = masked
             self.add([self.slot("end/wpe.weight.grad", (run.block_size, c), self.stream, OUTPUT)], [dx])
-        head = [name for name in self.slots if name == "end/head product" or (logits and name.endswith("/ln_f"))]
-        product = head if run.tie_embeddings and logits else []
-        if product and not self.copies:
-            product = [*product, logits]
-        self.add([self.slot("end/embedding.grad", (run.vocab_size, c), "float32", OUTPUT)], [dx, *product])
+            made, group = [dx], ""
+        else:  # made where it is added
+            last = self.kernels.pop()
+            made, group = [*last.reads, *masks], last.group
+        shape = (run.vocab_size, c)
+        total = "end/wte.weight rows"
+        if self.low_stream or (run.tie_embeddings and logits):
+            self.slot(total, shape, "float32")
+        else:
+            total = self.slot(EMBEDDING, shape, "float32", OUTPUT)
+        self.add([total], [])  # zeros, to which the rows are added in place
+        put = self.slot("end/wte.weight rows added", (0,), "float32", GIVEN)
+        self.add([put], [*made, total], group=group)
+        read = [put, total]
+        if self.low_stream:
+            tied = run.tie_embeddings and bool(logits)
+            low = self.slot("end/wte.weight rows cast", shape, self.stream) if tied else ""
+            read = [low or self.slot(EMBEDDING, shape, self.stream, OUTPUT)]
+            self.add(read, [put, total])
+        if run.tie_embeddings and logits:
+            self.slot(EMBEDDING, shape, self.stream, OUTPUT)
+            if self.copies:
+                self.add([EMBEDDING], [*read, "end/head product"])
+            else:
+                self.call(EMBEDDING, *read, logits, next(name for name in self.slots if name.endswith("/ln_f")))
 
 
 def fuse_alike(kernels: list[Kernel], slots: dict[str, Slot], kind: str) -> None:

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 
 from gptfit.memory.autograd import Tensor
 from gptfit.memory.compiled_forward import base_name
-from gptfit.memory.compiled_lean import OF_NORM, STREAM, WITH_ROWS, Lean, Names, fuse_alike
+from gptfit.memory.compiled_fusion import fuse_with_next
+from gptfit.memory.compiled_lean import EMBEDDING, OF_NORM, STREAM, WITH_ROWS, Lean, Names, fuse_alike
 from gptfit.memory.compiled_order import reordered
 from gptfit.memory.compiled_plan import FRESH, GIVEN, OUTPUT, SAVED, Kernel, Plan, Slot, Step, fused
 from gptfit.memory.tape import Buffer, Event, make_buffer
@@ -25,6 +26,9 @@ class LeanPlan:
         self.program = program
         self.listing = Lean(program.run)
         self.buffers: dict[str, Buffer] = {}
+        # Of a tied embedding whose head is outside of the graph: what is handed out then, to be added there.
+        self.only_part = program.run.tie_embeddings and OVER not in given
+        self.part: list[Tensor] = []
         for name, tensor in given.items():
             self.listing.slot(name, tensor.shape, tensor.dtype, SAVED if name == OVER else GIVEN)
             self.take_over(name, tensor)
@@ -32,6 +36,8 @@ class LeanPlan:
         listing = self.listing
         for kind in (STREAM, OF_NORM, *WITH_ROWS):
             fuse_alike(listing.kernels, listing.slots, kind)
+        if program.run.dtype == "float32" and not program.run.dropout:
+            fuse_with_next(listing.kernels, "/masked", "/softmax")
         self.fuse_first_sums()
         self.order, self.steps = planned(tuple(map(content, listing.kernels)), tuple(listing.slots.items()))
         self.show()
@@ -88,6 +94,11 @@ class LeanPlan:
             slot = self.listing.slots[full]
             width = self.listing.shapes[full][0][-1]
             self.listing.slots[full] = slot._replace(n_bytes=slot.n_bytes // width * self.viewed(found))
+        for part, n_head in (("q", self.program.run.n_head), ("k", self.program.run.n_kv_head)):
+            full = found.get(f"attn.{part} rstd", "")
+            if full and n_head > 1:  # read where heads lie beside each other: counted once for each number of them
+                slot = self.listing.slots[full]
+                self.listing.slots[full] = slot._replace(n_bytes=slot.n_bytes * self.program.run.head_size)
         return found
 
     def weights(self, place: str, prefix: str) -> Names:
@@ -123,25 +134,15 @@ class LeanPlan:
                 self.buffers[name] = make_buffer(f"any block.{label}", "temporary", shape, dtype)
 
     def write(self) -> None:
-        """All but what goes when the embeddings' gradients are made, which is `write_end`."""
         w = self.program.w
         at = ""
-        ends = [name for name, slot in self.listing.slots.items() if name.startswith("end/") and slot.kind == OUTPUT]
-        self.end = next(i for i, kernel in enumerate(self.order) if set(ends).intersection(kernel.writes))
         for step in self.steps:
-            if step.kernel < self.end:
-                place = self.order[step.kernel].writes[0].split("/")[0]
-                if place not in (at, "end"):
-                    at = place
-                    w.mark("block")
-                self.write_step(step)
+            place, _, label = self.order[step.kernel].writes[0].rpartition("/")
+            if place != at and (place != "end" or label.startswith("w")):
+                at = place
+                w.mark("embedding" if place == "end" else "block")
+            self.write_step(step)
         w.shift = 0
-
-    def write_end(self) -> None:
-        for step in self.steps:
-            if step.kernel >= self.end:
-                self.write_step(step)
-        self.program.w.shift = 0
 
     def write_step(self, step: Step) -> None:
         program = self.program
@@ -149,10 +150,11 @@ class LeanPlan:
         place, _, label = name.rpartition("/")
         kind = self.listing.slots[name].kind
         w.shift = int(place.partition("+")[0]) if place not in ("", "end") else 0
-        if kind == OUTPUT and step.sign > 0:
-            if place != "end":
-                parameter = label.removesuffix(".grad")
-                program.gradient(parameter if parameter.startswith(("ln_f", "lm_head")) else f"h.*.{parameter}")
+        parameter = label.removesuffix(".grad")
+        if name == EMBEDDING and self.only_part:
+            self.part.append(w.empty("embedding gradient", "temporary", *self.listing.shapes[name]))
+        elif kind == OUTPUT and step.sign > 0:
+            program.gradient(parameter if parameter in w.parameters else f"h.*.{parameter}")
         elif name in self.buffers:
             w.items.append(Event(step.sign, self.buffers[name], w.shift if kind == SAVED else 0))
             if kind == FRESH and label == "attn.v gradient" and step.sign > 0:
@@ -180,6 +182,39 @@ def planned(kernels: tuple[Content, ...], slots: tuple[tuple[str, Slot], ...]) -
     """The order of the kernels, and what is allocated and freed in it. Chunks of the loss do not change it: kept, as a
     search asks for each size of a chunk."""
     made = [Kernel(k[0], k[1], k[2], dict(k[3]), k[4], k[5], k[6]) for k in kernels]
+    numbers: dict[str, int] = {}
+    for kernel in made:
+        numbers |= {name: len(numbers) + i for i, name in enumerate(kernel.writes)}
     by_name = dict(slots)
     order = reordered(fused(made), by_name, {}, 0, 0)
-    return order, [step for step in Plan(order, by_name).steps if step is not None]
+    return order, [step for step in NumberedPlan(order, by_name, numbers).steps if step is not None]
+
+
+class NumberedPlan(Plan):
+    """Lets go of buffers in the order of their numbers (torch/_inductor/scheduler.py, free_buffers), by which the next
+    takes the place of the last."""
+
+    def __init__(self, kernels: list[Kernel], slots: dict[str, Slot], numbers: dict[str, int]) -> None:
+        self.numbers = numbers
+        super().__init__(kernels, slots)
+
+    def flush(self, now: int) -> None:
+        names = {
+            (name, index)
+            for index in self.pending
+            for name in (*self.kernels[index].writes, *self.kernels[index].reads)
+        }
+        for name, index in sorted(names, key=lambda item: (self.numbers.get(item[0], -1), item[1], item[0])):
+            slot = self.slots[name]
+            if slot.whole:
+                name, slot = slot.whole, self.slots[slot.whole]
+            if self.last[name] != index or slot.kind == OUTPUT or name in self.overwritten:
+                continue
+            if slot.kind in (SAVED, GIVEN):
+                self.steps.append(Step(-1, name, index))
+            elif name in self.storage:
+                storage = self.storage.pop(name)
+                if slot.kind != FRESH:  # whose alignment is not known
+                    self.pool.setdefault((slot.n_bytes, slot.dtype), []).append((storage, len(self.steps), now))
+                self.steps.append(Step(-1, storage, index))
+        self.pending.clear()
