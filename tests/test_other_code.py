@@ -146,7 +146,7 @@ def test_torch_compile_is_given_back(tmp_path: Path) -> None:
 
 def test_norm_of_the_programs_is_that_of_their_torch() -> None:
     """In bf16 under autocast, which torch 2.12 changed."""
-    spec = importlib.util.spec_from_file_location("nanochat", ROOT / "benchmarks" / "other_code" / "nanochat.py")
+    spec = importlib.util.spec_from_file_location("common", ROOT / "benchmarks" / "other_code" / "common.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from common import norm, rotated
 from torch import Tensor, nn
 
 N_LAYER, N_HEAD, N_EMBD, VOCAB_SIZE, BLOCK_SIZE = 8, 4, 512, 8192, 2048
@@ -17,18 +18,6 @@ COEFFICIENTS = (
     (3.29, -2.37, 0.46),
     (2.35, -1.71, 0.42),
 )
-
-
-def norm(x: Tensor) -> Tensor:
-    """As it was up to torch 2.11: autocast leaves it in bf16. 2.12 has it in fp32 (pytorch/pytorch#174824)."""
-    with torch.autocast("cuda", enabled=False):
-        return F.rms_norm(x, (x.size(-1),))
-
-
-def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    half = x.shape[3] // 2
-    one, two = x[..., :half], x[..., half:]
-    return torch.cat([one * cos + two * sin, one * (-sin) + two * cos], 3)
 
 
 class Attention(nn.Module):

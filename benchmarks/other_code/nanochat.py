@@ -6,21 +6,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from common import norm, rotated
 from torch import Tensor, nn
 
 HEAD_SIZE = 128
-
-
-def norm(x: Tensor) -> Tensor:
-    """As it was up to torch 2.11: autocast leaves it in bf16. 2.12 has it in fp32 (pytorch/pytorch#174824)."""
-    with torch.autocast("cuda", enabled=False):
-        return F.rms_norm(x, (x.size(-1),))
-
-
-def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    half = x.shape[3] // 2
-    one, two = x[..., :half], x[..., half:]
-    return torch.cat([one * cos + two * sin, one * (-sin) + two * cos], 3).to(x.dtype)
 
 
 class Attention(nn.Module):

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from autoresearch import MuonAdamW, rotated
+from autoresearch import MuonAdamW
+from common import rotated
 from torch import Tensor, nn
 
 VOCAB_SIZE, BLOCK_SIZE, HEAD_SIZE = 32_768, 2048, 128

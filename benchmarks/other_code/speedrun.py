@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from common import norm as torch_norm
+from common import rotated
 from torch import Tensor, nn
 from torch._functorch import config as functorch_config
 
@@ -22,18 +24,6 @@ def own_norm(x: Tensor) -> Tensor:
     wide = x.float()
     wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)
     return wide.type_as(x)
-
-
-def torch_norm(x: Tensor) -> Tensor:
-    """As it was up to torch 2.11: autocast leaves it in the dtype that it is. 2.12 has it in fp32."""
-    with torch.autocast("cuda", enabled=False):
-        return F.rms_norm(x, (x.size(-1),))
-
-
-def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    half = x.shape[3] // 2
-    one, two = x[..., :half], x[..., half:]
-    return torch.cat([one * cos + two * sin, one * (-sin) + two * cos], 3).type_as(x)
 
 
 class Rotary(nn.Module):
