@@ -1,7 +1,7 @@
 """Errors that have a cause and remedies of their own, by their wording: those of programs with an allocator or a budget
 of their own, and of memories that are not the card's. Nothing of a torch run's tape applies to them.
- Sources: the JAX manual (GPU memory allocation); tf.config; Paddle's own
-message; llama.cpp's tools/server; mlx; vLLM's engine arguments; Ray's manual (out-of-memory prevention); bitsandbytes.
+Sources: the JAX manual (GPU memory allocation); tf.config; Paddle's own message; llama.cpp's tools/server; mlx; vLLM's
+engine arguments; Ray's manual (out-of-memory prevention); bitsandbytes.
 """
 
 from collections.abc import Mapping
