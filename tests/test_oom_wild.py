@@ -42,7 +42,9 @@ def test_no_figure_is_read_that_the_text_does_not_print(row: dict) -> None:
     units = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
     printed = {
         round(float(number) * units[unit[:1].lower()])
-        for number, unit in re.findall(r"(\d+\.?\d*)\s?(bytes|[KMG]i?B|[KMG]|B)?", row["text"])
+        for number, unit in re.findall(
+            r"(\d+\.?\d*)\s?(bytes|[KMG]i?B|[KMG]|B)?", re.sub(r"(?<=\d),(?=\d{3})", "", row["text"])
+        )
     }
     read = {getattr(facts, name) for name in FIGURES} - {None}
     others = {facts.other_processes_bytes}  # a sum, and 0 where the list names none

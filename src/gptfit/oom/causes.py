@@ -206,6 +206,12 @@ def _by_phase(facts: OomFacts, tensor: tensors.Tensor | None) -> str:
     phase, name = facts.phase, tensor.name if tensor and tensor.confidence != "possible" else ""
     first = facts.progress == "first"  # no optimizer state yet
     if phase == "optimizer":
+        lines = [*facts.near, *(frame.code for frame in facts.frames)]
+        if name == "optimizer temporary" and any(line.startswith("denom") for line in lines):
+            return (
+                "the optimizer's step makes a temporary as large as each parameter: as large as a rank's whole part "
+                "where parameters are one flat buffer (DeepSpeed ZeRO, FSDP)"
+            )
         if name == "optimizer temporary":
             return "the optimizer's foreach implementation makes a list as large as the parameters in its step"
         return (

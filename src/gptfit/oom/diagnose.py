@@ -264,6 +264,7 @@ def _tensor(facts: OomFacts, case: Case | None, known: bool) -> tensors.Tensor |
     if facts.kind not in OF_A_TENSOR:
         return None
     lines = [text for frame in facts.frames for text in (frame.function, frame.code) if text]
+    lines = lines or list(facts.near)
     case = case if known or "vocab_size" in facts.config or facts.program in EXACT else None
     tensor = tensors.name_tensor(facts.phase, lines, facts.tried_bytes, case.run if case else None)
     if tensor is not None and tensor.confidence == "exact" and not known and not tensor.printed:

@@ -78,6 +78,38 @@ ENGINES: Mapping[str, Engine] = MappingProxyType(
                 ("close other programs", "the GPU has no memory of its own: it shares the computer's"),
             ),
         ),
+        "CuPy": Engine(
+            "CuPy's memory pool had no room left on the card; what PyTorch caches beside it is closed to it",
+            (
+                ("cupy.get_default_memory_pool().free_all_blocks()", "gives back what CuPy caches"),
+                ("torch.cuda.empty_cache()", "gives back what PyTorch caches, if it runs in the same process"),
+                WHOSE,
+            ),
+        ),
+        "ONNX Runtime": Engine(
+            "ONNX Runtime's arena could not grow by what it asked for",
+            (
+                (SMALLER, "activations shrink with it"),
+                ("arena_extend_strategy=kSameAsRequested", "the arena otherwise grows by powers of two"),
+                WHOSE,
+            ),
+        ),
+        "TensorRT": Engine(
+            "TensorRT could not have its workspace, or the engine's activations, from the driver",
+            (
+                WHOSE,
+                ("trtexec --memPoolSize=workspace:1024", "MiB that a layer's tactics may use while it is built"),
+                (SMALLER, "of the optimization profile: its largest shapes are what is allocated"),
+            ),
+        ),
+        "a Java program's heap": Engine(
+            "a Java program's heap (in the computer's memory, not a GPU's) reached its limit",
+            (("-Xmx8g", "its limit; Spark: spark.driver.memory, spark.executor.memory"),),
+        ),
+        "Node.js's heap": Engine(
+            "a Node.js program's heap (in the computer's memory, not a GPU's) reached its limit",
+            (("NODE_OPTIONS=--max-old-space-size=8192", "its limit in MiB"),),
+        ),
         "vLLM": Engine(
             "vLLM may hold the part of the card that gpu_memory_utilization says; beside weights and a trial step "
             "that leaves too little for the KV cache",

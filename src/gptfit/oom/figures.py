@@ -42,6 +42,7 @@ ANY = {
         rf"attemptingto(?:allocate|reserve){_SIZE_OR_BYTES}",
         rf"failedtoalloc(?:ate(?:requestfor)?)?{_SIZE}",
         rf"outofmemoryallocating{_SIZE}",
+        rf"requestedamountofgpumemory\({_SIZE}",
         rf"cannotallocate{_SIZE_OR_BYTES}",
         rf"allocating{_SIZE}ondevice",
     ),
@@ -95,7 +96,7 @@ _START = lazy(
     r"|(?P<memory>(?:cuda|hip|xpu|npu|mlu|musa|mpsbackend)(?:driver)?(?:error:?)?outofmemory|allocationondevice\d{0,3}would)"
     r"|(?P<tried>tr(?:ied|ies|ying)(?:to)?alloc|(?:尝试|试图|嘗試)分配|unabletoallocate\d|failedtocuda\w{0,4}calloc|invalidbuffersize"
     r"|attemptingto(?:allocate|reserve)\d|failedtoalloc(?:ate(?:requestfor)?)?\d|outofmemoryallocating\d"
-    r"|cannotallocate\d|allocating[\d.]{1,16}[kmgt]i?bondevice)"
+    r"|cannotallocate\d|requestedamountofgpumemory|allocating[\d.]{1,16}[kmgt]i?bondevice)"
 )
 _END = lazy(r"traceback\(most|thestacktracebelow")
 _ORDER = {"error": 0, "memory": 1, "tried": 2}

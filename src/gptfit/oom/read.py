@@ -68,7 +68,7 @@ class OomFacts:
     lists in the text; `steps` how many steps its log counts before; `kept` is the line that keeps tensors from step to
     step, `collected` says that an evaluation failed as it collected its batches' logits,
     `gathered` that FSDP put whole parameters together for a checkpoint, `offload` that DeepSpeed was
-    told to keep things in the computer's memory.
+    told to keep things in the computer's memory. `near` are the lines before a message that has no frames.
     """
 
     kind: str
@@ -107,6 +107,7 @@ class OomFacts:
     collected: bool = False
     gathered: bool = False
     offload: bool = False
+    near: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
 
@@ -174,6 +175,7 @@ def read_paste(text: str) -> OomFacts:
         kept=printable(kept_by(frames)),
         collected=collects(frames),
         gathered=gathers(frames, text),
+        near=() if frames else _near(texts, stream, message),
         offload=kind.kind == "host_killed" and offloads(text),
         notes=tuple(notes),
         **figures,
@@ -282,6 +284,17 @@ def _frames_before(paste: _Paste, headers: Sequence[int], end: int) -> list[Fram
         if sum(not frame.code for frame in frames) < 2 and frames:  # ranks that are none tear frames from their code
             return frames
     return [frame for _, frame in read_frames([row for row in paste.logical if begin <= row[0] <= end])]
+
+
+NEAR = 4
+
+
+def _near(texts: Sequence[str], stream: Stream, message: Message | None) -> tuple[str, ...]:
+    """The lines just before the message, where no frame was pasted: mostly the line of code that failed."""
+    if message is None:
+        return ()
+    end = stream.line_at(message.start)
+    return tuple(printable(text.strip())[:400] for text in texts[max(0, end - NEAR) : end])
 
 
 def _phase(kind: Kind, frames: Sequence[Frame], texts: Sequence[str]) -> str:

@@ -65,6 +65,21 @@ RULES: tuple[Rule, ...] = (
         "llama.cpp",
         rf"{_GGML}.{{0,120}}?(?:cudamallocfailed|outofmemory|unabletoallocate\w{{1,12}}buffer)|outofmemory.{{0,200}}?ggml-?cuda",
     ),
+    _rule(ALLOCATOR, "cuda_driver", "CuPy", r"cupy.{0,40}outofmemoryerror"),
+    _rule(
+        ALLOCATOR,
+        "cuda_driver",
+        "ONNX Runtime",
+        r"onnxruntime.{0,300}?(?:bfc_?arena|failedtoallocatememory)|availablememoryof\d{1,20}issmallerthanrequestedbytes",
+    ),
+    _rule(
+        ALLOCATOR,
+        "cuda_driver",
+        "TensorRT",
+        r"\[trt\].{0,120}outofmemory|requestedamountofgpumemory\(\d{1,20}bytes\)could",
+    ),
+    _rule(ALLOCATOR, "host_ram", "a Java program's heap", r"java\.lang\.outofmemoryerror|javaheapspace"),
+    _rule(ALLOCATOR, "host_ram", "Node.js's heap", r"javascriptheapoutofmemory|reachedheaplimit"),
     _rule(ALLOCATOR, "mps", "MLX", r"metal::malloc|\[metal\]commandbuffer"),
     _rule(ALLOCATOR, "mps", "MPS backend out of memory", r"mpsbackendoutofmemory"),
     _rule(
@@ -156,7 +171,8 @@ RULES: tuple[Rule, ...] = (
         "host_ram",
         "pinned memory",
         r"cudahostalloc|cudahostregister|hiphostmalloc|failedtoallocatepinned|allocatepinnedhost"
-        r"|failedtoalloc(?:ate)?\d{1,20}bytesonhost|inpinmemorythread.{0,1500}cudaerror:outofmemory",
+        r"|failedtoalloc(?:ate)?\d{1,20}bytesonhost|inpinmemorythread.{0,1500}cudaerror:outofmemory"
+        r"|\.pin_memory\(\)[\^~]{0,80}(?:torch\.)?(?:runtime|accelerator)error:cudaerror:outofmemory",
     ),
     _rule(FAILED, "cuda_caching_allocator", "no batch fits", r"noexecutablebatchsizefound"),
     _rule(FAILED, "cuda_driver", "cuda runtime error (2)", r"cudaruntimeerror\(2\):outofmemory|error=2:outofmemory"),
