@@ -1,5 +1,6 @@
 """Signals while the interpreter is busy elsewhere, and when there is nothing to save."""
 
+import shlex
 import signal
 import subprocess
 import sys
@@ -107,3 +108,28 @@ def test_nothing_is_left_behind() -> None:
         assert threading.active_count() == n_threads + 1
     assert threading.active_count() == n_threads
     assert signal.set_wakeup_fd(before) == before
+
+
+HANGS_UP = """
+import os, signal, sys
+from gptfit.signals import stop_on_signal
+told = []
+with stop_on_signal(told.append) as asked:
+    for _ in range(3):
+        os.kill(os.getpid(), signal.SIGHUP)
+    print(asked.signal, flush=True)
+print(told)
+os.kill(os.getpid(), signal.SIGHUP)
+print("alive")
+"""
+
+
+@pytest.mark.parametrize(("before", "code", "said"), [("", -1, ["SIGHUP"]), ("trap '' HUP;", 0, ["", "[]", "alive"])])
+def test_a_closed_terminal_asks_to_stop_and_nohup_keeps_from_it(before: str, code: int, said: list[str]) -> None:
+    """The shell and the kernel both send it, so that the second one must not end the run at once."""
+    line = f"{before} exec {shlex.quote(sys.executable)} -c {shlex.quote(HANGS_UP)}"
+    done = subprocess.run(["sh", "-c", line], capture_output=True, text=True, timeout=60)
+    lines = done.stdout.splitlines()
+    assert (done.returncode, lines[: len(said)]) == (code, said), done.stderr
+    if code:
+        assert lines[1:] == ["['SIGHUP: the terminal is gone; ends after this step, with a checkpoint']"]

@@ -160,3 +160,20 @@ def test_a_run_is_not_resumed_to_a_step_that_it_is_past(dataset, tmp_path):
     with pytest.raises(GptfitError, match=r"max_iters=2, but the run in .* is at step 4 already"):
         train(tiny(dataset, max_iters=2, eval_interval=0), tmp_path, resume=True)
     assert (tmp_path / "run.yaml").read_text() == before
+
+
+@pytest.mark.parametrize("end", [BrokenPipeError(32, "broken pipe"), OSError(5, "terminal gone"), ValueError("closed")])
+def test_a_run_outlives_whoever_reads_of_it(dataset, tmp_path, end):
+    """`gptfit train 2>&1 | tee log`, and tee is ended; a terminal that was closed; a full disk under the log."""
+
+    class Breaks(io.StringIO):
+        def write(self, text: str) -> int:
+            if "step 2/" in self.getvalue():
+                raise end
+            return super().write(text)
+
+    stream = Breaks()
+    with Progress(stream) as progress:
+        finished = train(tiny(dataset), tmp_path / "out", on_event=progress)
+    assert finished.step == 10
+    assert "step 2/" in stream.getvalue() and "step 3/" not in stream.getvalue()

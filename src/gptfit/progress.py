@@ -5,7 +5,8 @@ import shlex
 import sys
 import threading
 import time
-from typing import TextIO
+from contextlib import suppress
+from typing import Any, TextIO, cast
 
 from rich.console import Console
 from rich.live import Live
@@ -28,11 +29,31 @@ SILENCE = 60.0
 PATIENCE, SLOW = 20.0, 10.0
 
 
+class Lasting:
+    """A stream that may break (a pipe whose reader ends, a terminal that is closed, a full disk): what is said then is
+    lost, and nothing else. No run ends for that."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        with suppress(OSError, ValueError):  # ValueError: it is closed
+            return self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError, ValueError):
+            self.stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
 class Progress:
     """A listener for train(). Use it as a context manager: leaving it puts the terminal right."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
-        self.console = Console(file=stream or sys.stderr, highlight=False, soft_wrap=True)
+        self.console = Console(file=cast(TextIO, Lasting(stream or sys.stderr)), highlight=False, soft_wrap=True)
         self.live = Live(console=self.console, refresh_per_second=4, transient=True)
         self.run: RunConfig | None = None
         self.max_iters = self.log_interval = 1
@@ -104,7 +125,7 @@ class Counter:
     """How far a preparation is: one line that changes on a terminal, one every half minute elsewhere."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
-        self.stream = stream or sys.stderr
+        self.stream = Lasting(stream or sys.stderr)
         self.live = self.stream.isatty()
         self.began = self.told = 0.0
         self.first: tuple[int, float] | None = None

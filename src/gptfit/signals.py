@@ -15,6 +15,7 @@ from types import FrameType
 
 # Absent on Windows.
 SAVE = getattr(signal, "SIGUSR1", None)
+HANGUP = getattr(signal, "SIGHUP", None)
 STOP = (signal.SIGINT, signal.SIGTERM)
 
 # Seconds in which a second signal may end the run by an exception, which leaves the terminal and the report right.
@@ -34,7 +35,9 @@ class Asked:
 def stop_on_signal(tell: Callable[[str], object] = lambda text: None) -> Iterator[Asked]:
     """Within the block SIGINT and SIGTERM are noted rather than obeyed; a second one acts as it always did, and where
     that takes more than GRACE seconds, ends the process. SIGUSR1, which Slurm sends where it is told to before it takes
-    a machine back, is noted as often as it comes. What becomes of a signal is told at once, from another thread.
+    a machine back, is noted as often as it comes. SIGHUP, of a terminal that is closed, is sent by the shell and by the
+    kernel: it asks to stop, and is never the second signal; under nohup it stays ignored. What becomes of a signal is
+    told at once, from another thread.
 
     Outside the main thread, where Python allows no handlers, nothing is caught.
     """
@@ -55,14 +58,22 @@ def stop_on_signal(tell: Callable[[str], object] = lambda text: None) -> Iterato
     def note_save(_number: int, _frame: FrameType | None) -> None:
         asked.save = True
 
+    def note_hangup(number: int, _frame: FrameType | None) -> None:
+        asked.signal = asked.signal or signal.Signals(number).name
+
+    hangups = [HANGUP] if HANGUP and signal.getsignal(HANGUP) == signal.SIG_DFL else []
     with attended(tell):
         for number in STOP:
             signal.signal(number, note)
+        for number in hangups:
+            signal.signal(number, note_hangup)
         before_save = signal.signal(SAVE, note_save) if SAVE else None
         try:
             yield asked
         finally:
             restore()
+            for number in hangups:
+                signal.signal(number, signal.SIG_DFL)
             if SAVE:
                 signal.signal(SAVE, before_save)
 
@@ -89,7 +100,7 @@ def attended(tell: Callable[[str], object]) -> Iterator[None]:
 
 def attend(ears: int, tell: Callable[[str], object], left: threading.Event) -> None:
     """Answers signals, each a byte in `ears`, until it reads a zero."""
-    stopping = False
+    stopping = hung_up = False
 
     def say(text: str) -> None:
         with suppress(Exception):  # nobody listens, or not any more
@@ -98,6 +109,9 @@ def attend(ears: int, tell: Callable[[str], object], left: threading.Event) -> N
     while number := os.read(ears, 1)[0]:
         if number == SAVE:
             say("SIGUSR1: saves after this step, and goes on")
+        elif number == HANGUP and not hung_up:
+            hung_up = True
+            say("SIGHUP: the terminal is gone; ends after this step, with a checkpoint")
         elif number in STOP and not stopping:
             stopping = True
             say(f"{signal.Signals(number).name}: ends after this step, with a checkpoint; again to end now")

@@ -56,8 +56,8 @@ def train(
 ) -> int:
     """Trains a run: estimated first, measured beside predicted, resumable.
 
-    Ctrl-C and SIGTERM end the step and save, SIGUSR1 saves and goes on; any KEY=VALUE may be changed with --resume,
-    but those that shape the weights.
+    Ctrl-C, SIGTERM and a closed terminal end the step and save, SIGUSR1 saves and goes on; any KEY=VALUE may be
+    changed with --resume, but those that shape the weights.
 
     On several GPUs: torchrun --standalone --nproc_per_node=2 -m gptfit train CONFIG n_gpus=2 strategy=ddp
     """
