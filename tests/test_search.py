@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from gptfit.combination import Combination
 from gptfit.config import RunConfig, derive, make_run
+from gptfit.errors import GptfitError
 from gptfit.estimate import Budget
 from gptfit.gpus import load_gpu
 from gptfit.memory.step import steady_peak
@@ -26,6 +27,8 @@ class Curve(Combination):
     def live_bytes(self, micro_batch: int) -> int:
         if micro_batch not in self.peaks:
             self.asked.append(micro_batch)
+        if micro_batch not in self.made_up:
+            raise GptfitError("cannot be estimated", "")
         self.peaks[micro_batch] = self.made_up[micro_batch]
         return self.peaks[micro_batch]
 
@@ -40,6 +43,34 @@ def test_the_largest_that_fits_whatever_was_asked_before(steps: list[int], rooms
     curve = Curve(peaks)
     for room in rooms:
         assert curve.largest(1, len(peaks), room) == max((m for m in peaks if peaks[m] <= room), default=0)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    steps=st.lists(st.integers(1, 1000), min_size=1, max_size=300),
+    questions=st.lists(st.tuples(st.integers(1, 300), st.integers(-10, 60_000)), min_size=1, max_size=20),
+    of_kin=st.lists(st.integers(1, 1000), max_size=300),
+)
+def test_whether_it_fits_whatever_was_asked_before(
+    steps: list[int], questions: list[tuple[int, int]], of_kin: list[int]
+) -> None:
+    """The kin's peaks, which may be quite others, do not change an answer; no answer takes more than three peaks."""
+    peaks, others = ({n: sum(some[:n]) for n in range(1, len(some) + 1)} for some in (steps, of_kin))
+    curve, kin = Curve(peaks), Curve(others)
+    curve.kin.append(kin)
+    for micro_batch, room in questions:
+        if micro_batch in others:
+            kin.live_bytes(micro_batch)
+        if micro_batch in peaks:
+            asked = len(curve.asked)
+            assert curve.fits(micro_batch, room) == (peaks[micro_batch] <= room)
+            assert len(curve.asked) - asked <= 3
+
+
+def test_what_cannot_be_estimated_does_not_fit() -> None:
+    curve = Curve({m: 1000 * m for m in range(1, 11)})
+    assert curve.fits(8, 9_500) and not curve.fits(50, 9_500) and curve.fits(9, 9_500)
+    assert not curve.fits(10, 9_500) and not curve.fits(60, 100_000)
 
 
 def test_a_straight_line_is_found_by_few_questions() -> None:
@@ -73,7 +104,7 @@ def test_the_order_is_that_of_all_predictions(gpu: str, changes: dict[str, objec
                 away = abs(run.tokens_per_step - tokens) / tokens
                 speed = predict(run, profile, flops).tokens_per_second
                 expected.append((-speed * (1 - INEXACT - away if away else 1), number, micro_batch))
-    found = list(search.ranked([search.combination(keys) for keys in choices]))
+    found = list(search.ranked([search.combinations.of(keys) for keys in choices]))
     assert 0 < len(expected) < n_searched == search.n_searched
     assert [(dict(c.keys), m) for c, m in found] == [(choices[number], m) for _, number, m in sorted(expected)]
 

@@ -8,18 +8,23 @@ from gptfit.errors import GptfitError
 from gptfit.memory.step import steady_peak
 from gptfit.speed import Work, work_of
 
+NEVER = 1 << 62  # more than there can be
+
 
 class Combination:
     """`keys` on top of `base`. The searches of several cards share it: a peak that one has asked for is known to all,
     and narrows down what the next has to ask for."""
 
-    def __init__(self, base: RunConfig, keys: Mapping[str, object], tokens: int) -> None:
+    def __init__(
+        self, base: RunConfig, keys: Mapping[str, object], tokens: int, kin: "list[Combination] | None" = None
+    ) -> None:
         self.base = base
         self.keys = dict(keys)
         self.tokens = tokens
         self.runs: dict[int, RunConfig] = {}
         self.peaks: dict[int, int] = {}  # live bytes of the steady step by micro-batch
-        self.flops_per_token = 0  # once a peak is known
+        self.kin = [] if kin is None else kin  # those that need nearly the same, this one included
+        self.kin.append(self)
 
     def steps(self, micro_batch: int) -> int:
         """Micro-steps of each GPU that come nearest to the tokens of a step."""
@@ -38,14 +43,50 @@ class Combination:
     def live_bytes(self, micro_batch: int) -> int:
         """Live bytes at the peak. Raises GptfitError for what cannot be estimated (a budget, for some shapes)."""
         if micro_batch not in self.peaks:
-            self.peaks[micro_batch], self.flops_per_token = steady_peak(self.run(micro_batch), "gptfit")
+            self.peaks[micro_batch], _ = steady_peak(self.run(micro_batch), "gptfit")
         return self.peaks[micro_batch]
 
     @cached_property
     def work(self) -> Work:
-        """Ask for a peak first: it counts the FLOPs."""
-        micro_batch = next(iter(self.peaks))
-        return work_of(self.run(micro_batch), self.flops_per_token, "gptfit")
+        """What a model computes for a token does not depend on what is chosen here: the base's is counted, eager, as
+        that is the least to write."""
+        eager = derive(self.base, compile=False, activation_memory_budget=1.0)
+        return work_of(derive(self.base, **self.keys), steady_peak(eager, "gptfit")[1], "gptfit")
+
+    def bracket(self, room_bytes: int) -> tuple[int, int]:
+        """The largest micro-batch known to fit (0 does, in any room), and the smallest known not to."""
+        known = self.peaks.items()
+        low = max((m for m, live_bytes in known if live_bytes <= room_bytes), default=0)
+        return low, min((m for m, live_bytes in known if live_bytes > room_bytes), default=NEVER)
+
+    def fits(self, micro_batch: int, room_bytes: int) -> bool:
+        """Whether the live peak is within `room_bytes`, as memory grows with the micro-batch. What cannot be estimated
+        does not fit.
+
+        Peaks are asked for at the limit as it seems to be: they decide most of what is asked next, too.
+        """
+        for seems in (True, True, False):
+            low, high = self.bracket(room_bytes)
+            if not low < micro_batch < high:
+                break
+            limit = next((limit for one in (self, *self.kin) if (limit := one.near_limit(room_bytes))), 0)
+            limit = min(max(limit, low), high - 1)
+            asked = micro_batch if not (seems and limit) else limit if limit >= micro_batch else limit + 1
+            try:
+                self.live_bytes(asked)
+            except GptfitError:
+                self.peaks[asked] = NEVER
+        return micro_batch <= self.bracket(room_bytes)[0]
+
+    def near_limit(self, room_bytes: int) -> int:
+        """The largest micro-batch that fits, were peaks a line through the nearest known ones, or from nothing on;
+        0 where none is known."""
+        low, high = self.bracket(room_bytes)
+        left, right = (low, high) if high != NEVER else (0, low)
+        if right == 0:
+            return 0
+        start = self.peaks.get(left, 0)
+        return left + (room_bytes - start) * (right - left) // max(1, self.peaks[right] - start)
 
     def largest(self, first: int, last: int, room_bytes: int) -> int:
         """The largest micro-batch from `first` to `last` whose live peak is within `room_bytes`, as memory grows with
@@ -81,3 +122,20 @@ class Combination:
             else:
                 high, too_large[middle] = middle, live_bytes
         return low
+
+
+class Combinations:
+    """Each combination of keys once, for the searches of all cards."""
+
+    def __init__(self, base: RunConfig, tokens: int) -> None:
+        self.base = base
+        self.tokens = tokens
+        self.made: dict[tuple[object, ...], Combination] = {}
+        self.kin: dict[tuple[object, ...], list[Combination]] = {}  # but for the size of a chunk
+
+    def of(self, keys: Mapping[str, object]) -> Combination:
+        name = tuple(keys.items())
+        if name not in self.made:
+            kind = tuple(item for item in name if item[0] != "loss_chunk_size")
+            self.made[name] = Combination(self.base, keys, self.tokens, self.kin.setdefault(kind, []))
+        return self.made[name]

@@ -30,7 +30,7 @@ def created_least(run: RunConfig, workspace_bytes: int) -> RunConfig:
         return run
     usual = held_bytes(run, workspace_bytes)
     best, least = run, (1 - WORTH_IT) * max(usual)
-    for choice in CREATED:
+    for choice in (choice for choice in CREATED if choice != run.created_first):
         other = derive(run, created_first=choice)
         held = held_bytes(other, workspace_bytes)
         if max(held) < least and all(map(operator.le, held, usual)):

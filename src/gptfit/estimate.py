@@ -1,6 +1,6 @@
 """What a run needs: four figures at the worst instant, and what they consist of."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -14,7 +14,7 @@ from gptfit.memory.allocator import OutOfMemory
 from gptfit.memory.overhead import CUBLAS_HANDLES, UNKNOWN_CARD_CONTEXT_BYTES, cublas_workspace_bytes
 from gptfit.memory.reserve import Reserved, replay_run
 from gptfit.memory.step import PROGRAMS, Pieces, bare, pieces, steady_step
-from gptfit.memory.tape import Tape
+from gptfit.memory.tape import Peak, Tape
 from gptfit.memory.whole_run import evaluation_bytes, run_phases
 from gptfit.speed import Speed, predict
 from gptfit.units import counted, format_bytes
@@ -198,13 +198,11 @@ def estimate(
     Raises GptfitError for an unknown program or what it cannot do, and for a risk that is none.
     """
     run = under_program(run, program)
-    parts = bare(kernel_pieces(run, program))  # pyright: ignore[reportArgumentType]  frozen models have a hash
-    steady = steady_step(run, parts)
-    peak = steady.peak()
     capability = profile.compute_capability if profile else None
     workspace_bytes = cublas_workspace_bytes(capability)
-    replayed = replay(run, program, workspace_bytes)  # pyright: ignore[reportArgumentType]
-    rows = live_rows(steady, replayed.allocated_bytes, peak.live_bytes, workspace_bytes)
+    replayed = replay(run, program, workspace_bytes)  # pyright: ignore[reportArgumentType]  frozen models have a hash
+    live = live_figures(run, program)  # pyright: ignore[reportArgumentType]
+    rows = all_rows(live.rows, replayed.allocated_bytes, live.peak.live_bytes, workspace_bytes)
     context_bytes = profile.context_bytes if profile else UNKNOWN_CARD_CONTEXT_BYTES
     budget = Budget(profile.name, profile.total_bytes, reserve_bytes) if profile else None
     other = None if run.expandable_segments else replay(run, program, workspace_bytes, other_start=True)  # pyright: ignore[reportArgumentType]
@@ -221,28 +219,58 @@ def estimate(
         program=program,
         config=run.model_dump(),
         budget=budget,
-        n_params=parts.n_params,
-        flops_per_token=parts.flops_per_token,
+        n_params=live.n_params,
+        flops_per_token=live.flops_per_token,
         tokens_per_step=run.tokens_per_step,
-        live_bytes=peak.live_bytes,
+        live_bytes=live.peak.live_bytes,
         reserved_bytes=replayed.reserved_bytes,
         process_bytes=replayed.reserved_bytes + context_bytes,
         interval=interval,
         retries=replayed.retries,
         fits_squeezed=fits_squeezed,
-        phase=peak.phase,
-        op=peak.op,
+        phase=live.peak.phase,
+        op=live.peak.op,
         tensors=rows,
-        saved_for_backward_bytes=parts.saved_bytes,
-        phases=tuple((name, n_bytes) for name, n_bytes in steady.phases().items() if name != "setup"),
-        eval_allocated_bytes=evaluation_bytes(parts) + CUBLAS_HANDLES * workspace_bytes,
-        run_phases=run_phases(run, program, parts),
-        speed=predict(run, profile, parts.flops_per_token, program) if profile else None,
+        saved_for_backward_bytes=live.saved_bytes,
+        phases=live.phases,
+        eval_allocated_bytes=live.evaluation_bytes + CUBLAS_HANDLES * workspace_bytes,
+        run_phases=live.run_phases,
+        speed=predict(run, profile, live.flops_per_token, program) if profile else None,
         assumptions=(
             *assumptions(run, program, profile, reserve_bytes, replayed.retries),
             *compiled.assumptions(run, program),
             *sharding.assumptions(run),
         ),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Live:
+    """What a run's tape says before any allocator: the same on every card."""
+
+    n_params: int
+    flops_per_token: int
+    saved_bytes: int
+    peak: Peak
+    rows: tuple[TensorRow, ...]
+    phases: tuple[tuple[str, int], ...]
+    evaluation_bytes: int
+    run_phases: tuple[tuple[str, int], ...]
+
+
+@lru_cache(maxsize=256)
+def live_figures(run: RunConfig, program: str) -> Live:
+    parts = bare(kernel_pieces(run, program))  # pyright: ignore[reportArgumentType]
+    steady = steady_step(run, parts)
+    return Live(
+        n_params=parts.n_params,
+        flops_per_token=parts.flops_per_token,
+        saved_bytes=parts.saved_bytes,
+        peak=steady.peak(),
+        rows=rows_at_peak(steady),
+        phases=tuple((name, n_bytes) for name, n_bytes in steady.phases().items() if name != "setup"),
+        evaluation_bytes=evaluation_bytes(parts),
+        run_phases=run_phases(run, program, parts),
     )
 
 
@@ -280,11 +308,21 @@ def squeeze_in(
 
 def live_rows(steady: Tape, allocated_bytes: int, live_bytes: int, workspace_bytes: int) -> tuple[TensorRow, ...]:
     """The live set at the peak, workspaces and slack, largest first: the rows add up to `allocated_bytes`."""
-    rows = [
+    return all_rows(rows_at_peak(steady), allocated_bytes, live_bytes, workspace_bytes)
+
+
+def rows_at_peak(tape: Tape) -> tuple[TensorRow, ...]:
+    return tuple(
         TensorRow(buffer.name, buffer.category, buffer.shape, buffer.dtype, count, buffer.n_bytes * count)
-        for buffer, count in steady.live_at_peak().items()
-    ]
+        for buffer, count in tape.live_at_peak().items()
+    )
+
+
+def all_rows(
+    live: Iterable[TensorRow], allocated_bytes: int, live_bytes: int, workspace_bytes: int
+) -> tuple[TensorRow, ...]:
     workspaces = CUBLAS_HANDLES * workspace_bytes
+    rows = [*live]
     rows.append(TensorRow("cuBLAS workspaces", "workspace", (workspace_bytes,), "uint8", CUBLAS_HANDLES, workspaces))
     slack = allocated_bytes - live_bytes - workspaces
     if slack > 0:

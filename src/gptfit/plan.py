@@ -5,14 +5,13 @@ user set are kept, unless nothing fits; the tokens of a step are kept as nearly 
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from heapq import heapify, heappop
 from itertools import product
 from typing import Any
 
 from gptfit.allowed import LAST_RESORT, allowed
-from gptfit.combination import Combination
+from gptfit.combination import Combination, Combinations
 from gptfit.config import RunConfig, check_key, shown
 from gptfit.created import created_least, is_fragmented, saved_bytes
 from gptfit.door import ConfigSource
@@ -267,11 +266,11 @@ class Search:
         tokens: int,
         risk: float | None = None,
         finalists: int = FINALISTS,
-        known: dict[tuple[object, ...], Combination] | None = None,
+        combinations: Combinations | None = None,
     ) -> None:
         self.base = run
         self.finalists = finalists
-        self.known = {} if known is None else known  # of the same base and tokens: searches of other cards share them
+        self.combinations = combinations or Combinations(run, tokens)
         self.profile = profile
         self.tokens = tokens
         self.overhead_bytes = profile.context_bytes + CUBLAS_HANDLES * cublas_workspace_bytes(
@@ -286,13 +285,7 @@ class Search:
 
     def run(self, choices: Iterable[Mapping[str, object]]) -> list[Candidate]:
         """Candidates that fit, best first; the finalists have been replayed."""
-        return self.replayed(self.ranked([self.combination(keys) for keys in choices]))
-
-    def combination(self, keys: Mapping[str, object]) -> Combination:
-        name = tuple(keys.items())
-        if name not in self.known:
-            self.known[name] = Combination(self.base, keys, self.tokens)
-        return self.known[name]
+        return self.replayed(self.ranked([self.combinations.of(keys) for keys in choices]))
 
     def ranked(self, combinations: Sequence[Combination]) -> Iterator[tuple[Combination, int]]:
         """Each combination with each micro-batch whose live peak fits, best first.
@@ -306,21 +299,20 @@ class Search:
             first = largest = self.micro_batch
         self.n_searched += len(combinations) * (largest - first + 1)
         room_bytes = self.usable_bytes - self.overhead_bytes
-        paces: dict[int, Pace] = {}
-        heap: list[tuple[float, int, int]] = []  # less the worth, the combination, the micro-batch: 0 is all of them
-        for number, combination in enumerate(combinations):
-            with suppress(GptfitError):  # a budget below what can be estimated, for these shapes
-                if combination.live_bytes(first) <= room_bytes:
-                    pace = paces[number] = Pace(combination.work, self.profile)
-                    heap.append((-BOUND * self.base.n_gpus / pace.least_token_seconds(), number, 0))
+        paces = [Pace(combination.work, self.profile) for combination in combinations]
+        # Less the worth, the combination, the micro-batch: 0 is all of them.
+        heap = [(-BOUND * self.base.n_gpus / pace.least_token_seconds(), n, 0) for n, pace in enumerate(paces)]
         heapify(heap)
         while heap:
             _, number, micro_batch = heappop(heap)
             combination = combinations[number]
             if micro_batch:
-                yield combination, micro_batch
+                if combination.fits(micro_batch, room_bytes):
+                    yield combination, micro_batch
                 continue
-            last = combination.largest(first, largest, room_bytes)
+            last = min(largest, combination.bracket(room_bytes)[1] - 1)
+            if last - first >= MANY:
+                last = combination.largest(first, last, room_bytes)
             tried = worth_trying(first, last, largest)
             heap += [(-self.worth(combination, paces[number], batch), number, batch) for batch in tried]
             heapify(heap)

@@ -5,7 +5,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from gptfit.card import Card, check_room, look_for_card, names_in
-from gptfit.combination import Combination
+from gptfit.combination import Combination, Combinations
 from gptfit.door import ConfigSource
 from gptfit.errors import GptfitError
 from gptfit.estimate import Budget, Estimate, estimate, speed_json, under_program
@@ -138,12 +138,12 @@ def shortlist(
     """The choice on each card is `plan`'s. Raises GptfitError as `plan` does."""
     tokens = checked_tokens(source.run, tokens_per_step, allow)
     run = under_program(source.run, "gptfit")
-    known: dict[tuple[object, ...], Combination] = {}
+    combinations = Combinations(run, tokens)
     found: list[CardPlan] = []
     for card in cards:
         profile = card.profile
         budget = Budget(profile.name, profile.total_bytes, card.reserve_bytes)
-        search = Search(run, profile, budget, tokens, risk, finalists=1, known=known)
+        search = Search(run, profile, budget, tokens, risk, finalists=1, combinations=combinations)
         found.append(plan_card(search, source, card, allow, keep, goal))
     found.sort(key=rank)
     return Shortlist(tokens, tuple(found))
@@ -180,7 +180,7 @@ def smallest(
     peaks: list[tuple[int, int, Combination]] = []
     for index, keys in enumerate(every):
         with suppress(GptfitError):  # a budget below what can be estimated, for these shapes
-            combination = search.combination(keys)
+            combination = search.combinations.of(keys)
             peaks.append((combination.live_bytes(1), index, combination))
     least: tuple[Mapping[str, object], Estimate] | None = None
     for live_bytes, _, combination in sorted(peaks):
