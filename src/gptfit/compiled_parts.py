@@ -39,11 +39,31 @@ def planned_parts(recorder: Recorder) -> Iterator[list[nn.Module]]:
 
         return call
 
-    torch.compile = compile
+    def compile_in_place(self: nn.Module, **settings: Any) -> None:
+        """`module.compile()`: whoever calls the module runs what is compiled, which runs the module as it is."""
+        compiled = compile(self, **settings)
+        plain: Any = self._call_impl
+        is_running = False
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal is_running
+            if is_running:
+                return plain(*args, **kwargs)
+            is_running = True
+            try:
+                return compiled.forward(*args, **kwargs)
+            finally:
+                is_running = False
+
+        self._compiled_call_impl = call
+
+    kind: Any = nn.Module
+    in_place = kind.compile
+    torch.compile, kind.compile = compile, compile_in_place
     try:
         yield marked
     finally:
-        torch.compile = original
+        torch.compile, kind.compile = original, in_place
 
 
 def plan_part(compiled: nn.Module, recorder: Recorder) -> None:

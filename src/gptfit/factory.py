@@ -16,11 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from gptfit.config import shown
+from gptfit.cudaseen import cuda_is_seen
 from gptfit.errors import GptfitError, nearest
 from gptfit.named import FORM, function_in
+from gptfit.recorder import tensors_in
 
 RETURNS = "return (module, batch) or a callable that runs one micro-step, and behind it the optimizer if there is one"
 
@@ -45,6 +47,11 @@ REFUSALS = (
         r"No module named 'triton|active drivers",
         "its kernels need Triton and a GPU, and a trace runs without them",
         "import them where the step needs them, and let the factory take a form in plain torch",
+    ),
+    (
+        r"NCCL|process group has not been init",
+        "the code sets up several processes, and a trace is of one",
+        "leave torch.distributed out of the factory: the module without DistributedDataParallel or FSDP around it",
     ),
     (
         r"not compiled with CUDA|no NVIDIA driver|No CUDA GPUs",
@@ -142,7 +149,7 @@ def users_code(path: Path) -> Iterator[None]:
     """
     sys.path.insert(0, str(path.parent))
     try:
-        with contextlib.redirect_stdout(sys.stderr):
+        with contextlib.redirect_stdout(sys.stderr), cuda_is_seen():
             yield
     except GptfitError as error:
         where = line_of(error, path) or (line_of(error.__cause__, path) if error.__cause__ else "")
@@ -174,8 +181,18 @@ def explanation(error: BaseException, where: str) -> tuple[str, str]:
             op = re.search(r"\b\w+::\w+(?:\.\w+)?", text)
             return f"{where}: cannot trace {op.group(0) if op else 'this step'}: {what}", hint
     message = shown(text, 200)
+    root = root_of(error)
+    if root is not error:
+        message = f"{message}, because of {type(root).__name__}: {shown(' '.join(str(root).split()), 100)}"
     hint = "the file's own code raises it; --debug shows the whole traceback"
     return f"{where}: {type(error).__name__}{': ' if message else ''}{message}", hint
+
+
+def root_of(error: BaseException) -> BaseException:
+    """The first of the exceptions that `error` was raised from."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def sort_out(result: Any, who: str) -> Made:
@@ -197,7 +214,7 @@ def sort_out(result: Any, who: str) -> Made:
             batch.append(part)
     if isinstance(first, nn.Module) and batch and not modules:
         own = batch[0] if len(batch) == 1 and isinstance(batch[0], Mapping | list | tuple) else batch
-        if any(isinstance(tensor, Tensor) for tensor in (own.values() if isinstance(own, Mapping) else own)):
+        if any(True for _ in tensors_in(list(own.values()) if isinstance(own, Mapping) else own)):
             return Made(first, dict(own) if isinstance(own, Mapping) else tuple(own), None, tuple(optimizers))
     elif callable(first) and not isinstance(first, nn.Module) and not batch:
         modules = modules or modules_of(first)
@@ -211,7 +228,10 @@ def sort_out(result: Any, who: str) -> Made:
 
 
 def is_optimizer(value: Any) -> bool:
-    return hasattr(value, "param_groups") and callable(getattr(value, "step", None))
+    """Whether `value` steps like one of torch's, or like a class of the user's own."""
+    return callable(getattr(value, "step", None)) and (
+        hasattr(value, "param_groups") or callable(getattr(value, "zero_grad", None))
+    )
 
 
 def modules_of(function: Any) -> list[nn.Module]:
@@ -250,7 +270,9 @@ def together(modules: Sequence[nn.Module], optimizers: Sequence[Any]) -> nn.Modu
     if modules:
         return nn.ModuleList(modules)
     holder = nn.Module()
-    parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    parameters = [
+        p for optimizer in optimizers for group in getattr(optimizer, "param_groups", ()) for p in group["params"]
+    ]
     for index, parameter in enumerate(dict.fromkeys(parameters)):
         holder.register_parameter(f"parameter {index}", parameter)
     return holder

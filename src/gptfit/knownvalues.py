@@ -43,7 +43,9 @@ FILLED = {
     aten.full_like.default: None,
     aten.new_full.default: None,
 }
-DRAWN = {aten.randint.default, aten.randint.low, aten.randperm.default}
+DRAWN_INTO = {aten.random_.default, getattr(aten.random_, "from"), aten.random_.to}
+PERMUTED = {aten.randperm.default, aten.randperm.generator}
+DRAWN = {aten.randint.default, aten.randint.low, aten.randint.generator, aten.randint.low_generator, *PERMUTED}
 
 
 @dataclass(slots=True)
@@ -91,6 +93,11 @@ class KnownValues:
 
     def follow(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """Takes note of the values of `out`, which `func` has returned for fake tensors."""
+        if func in DRAWN_INTO and small(out) and not out.is_floating_point():
+            with unset_fake_temporarily():  # seeds, as a DataLoader draws them
+                self.drop(out)
+                drawn = torch.empty(out.shape, dtype=out.dtype).random_(*args[1:], generator=self.generator)
+                return self.keep(out, drawn, [True])
         if func in FILLED and small(out):
             fill = FILLED[func] if FILLED[func] is not None else args[-1]
             with unset_fake_temporarily():
@@ -131,7 +138,7 @@ class KnownValues:
             self.keep(out, self.run(func, args, kwargs), [True])
         elif func in DRAWN:
             with unset_fake_temporarily():
-                draw = torch.randperm if func is aten.randperm.default else torch.randint
+                draw = torch.randperm if func in PERMUTED else torch.randint
                 self.keep(out, draw(*args, dtype=out.dtype, generator=self.generator), [True])
         elif func is aten.rand.default and out.numel() == 1:
             with unset_fake_temporarily():

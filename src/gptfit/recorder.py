@@ -22,6 +22,7 @@ from gptfit.cuda_dispatch import INTO_ZEROS, KERNELS, accumulates, as_cuda_gives
 from gptfit.errors import GptfitError
 from gptfit.knownvalues import KnownValues
 from gptfit.memory.tape import Buffer, Event, Item, Mark, rounded
+from gptfit.unknownnumber import UnknownNumber, no_value
 from gptfit.valueread import reader
 
 aten = torch.ops.aten
@@ -111,14 +112,16 @@ class Recorder(TorchDispatchMode):
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What `func` returns, also where that hangs on values, if they are known."""
         try:
-            return KERNELS.get(func, func)(*args, **kwargs)
+            kernel: Any = KERNELS.get(func, func)
+            return kernel(*args, **kwargs)
         except DataDependentOutputException:
             if not self.values.all_of(args):
                 raise
             return self.values.run(func, args, kwargs)
         except DynamicOutputShapeException:
             if func is aten.masked_select.default:
-                x, mask = torch.broadcast_tensors(*args)
+                shape = torch.broadcast_shapes(*(tensor.shape for tensor in args))
+                x, mask = (self.__torch_dispatch__(aten.expand.default, (), (tensor, shape)) for tensor in args)
                 func, args = aten.index.Tensor, (x, [mask])
             if func is aten.index.Tensor:
                 return func(args[0], self.selected(args[1]))
@@ -128,7 +131,7 @@ class Recorder(TorchDispatchMode):
             return tuple(map(torch.empty_like, made)) if isinstance(made, tuple) else torch.empty_like(made)
 
     def selected(self, indices: list[Any]) -> list[Any]:
-        """Masks among the indices as the positions that they select, which is what CUDA's kernel makes of them, too."""
+        """Masks among the indices as the positions that they select, as CUDA's kernel does it."""
         numbers: list[Any] = []
         for index in indices:
             if isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8):
@@ -189,12 +192,15 @@ class Recorder(TorchDispatchMode):
         if self.values.of(tensor) is not None:
             return self.values.run(aten._local_scalar_dense.default, (tensor,), {})
         if self.phase != "optimizer":
-            raise GptfitError(
-                f"cannot trace .item() or a branch on a tensor{self.here()}: a trace has no values",
-                "write the step so that shapes and branches do not depend on tensor values",
-            )
+            raise no_value(self.here())
         self.readers.add(reader())
         return 1.0 if tensor.is_floating_point() else 1
+
+    def number(self, tensor: Tensor) -> float | int:
+        """`tensor.item()` where it is called by name: before a backward a number that nothing may be decided on."""
+        if self.phase == "optimizer" or not tensor.is_floating_point() or self.values.of(tensor) is not None:
+            return tensor.item()
+        return UnknownNumber(self.here())
 
     def here(self) -> str:
         return f" in {self.path[-1]}" if self.path and self.path[-1] else ""
@@ -235,6 +241,8 @@ class Recorder(TorchDispatchMode):
 
     def see(self, tensor: Tensor, on_host: bool = False) -> Allocation | None:
         """Takes note of the storage of `tensor` if it is new, and returns what is known about it."""
+        if tensor.device.type == "meta":  # has no memory on a GPU either
+            return None
         if tensor.device.type != "cpu":
             raise GptfitError(
                 f"cannot trace a tensor made on {tensor.device}{self.here()}: a trace runs on the device of its inputs",
@@ -299,8 +307,8 @@ class Recorder(TorchDispatchMode):
         """Optimizer state of each parameter; steps that are kept on the host are none of it."""
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         for part in getattr(optimizer, "parts", (optimizer,)):
-            for parameter, state in part.state.items():
-                for key, value in state.items():
+            for parameter, state in getattr(part, "state", {}).items():
+                for key, value in state.items() if isinstance(state, dict) else ():
                     for tensor in tensors_in(value):
                         self.label(tensor, f"{names.get(id(parameter), '')} {key}", "optimizer state")
 
@@ -388,3 +396,5 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, list | tuple):
         for part in value:
             yield from tensors_in(part)
+    elif isinstance(value, dict):
+        yield from tensors_in([*value.values()])

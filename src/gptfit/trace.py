@@ -73,13 +73,15 @@ class Traced:
 @dataclass(slots=True)
 class Job:
     """What to trace. `step` runs one optimizer step of `model`, `evaluate` one forward without gradients, `forward`
-    alone the part of a micro-step that saves for backward; `inputs` gives the batch that it reads."""
+    alone the part of a micro-step that saves for backward; `inputs` gives the batch that it reads. `segment` counts
+    the forwards of a step that runs several, and is negative in between."""
 
     model: nn.Module
     step: Callable[[], None]
     forward: Callable[[], Any]
     evaluate: Callable[[], Any]
     inputs: Callable[[], tuple[Tensor, ...]]
+    segment: Callable[[], int] = lambda: 0
 
 
 @contextmanager
@@ -130,7 +132,8 @@ def explained() -> Iterator[None]:
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise GptfitError(
             f"cannot trace {error.func}: its result depends on the values of tensors, and a trace has none",
-            "write the step so that shapes and branches do not depend on tensor values",
+            "write the step so that shapes and branches do not depend on tensor values; where tokens are routed to "
+            "experts, give each the same number of them",
         ) from error
     except UnsupportedOperatorException as error:
         raise GptfitError(
@@ -142,13 +145,13 @@ def saved_for_backward(job: Job) -> int:
     """Bytes that one forward keeps for backward: each storage once, rounded up to 512; inputs and parameters,
     which are alive anyway, left out."""
     known = {Recorder.key(tensor) for tensor in (*job.model.parameters(), *job.model.buffers(), *job.inputs())}
-    sizes: dict[int, int] = {}
+    sizes: dict[int, dict[int, int]] = {}
     saving = getattr(job.model, "saving", None)
     offloads = isinstance(saving, Offload)
 
     def pack(tensor: Tensor) -> Tensor:
         if not offloads or tensor.numel() * tensor.element_size() < OFFLOAD_MIN_BYTES:
-            sizes[Recorder.key(tensor)] = rounded(tensor.untyped_storage().nbytes())
+            sizes.setdefault(job.segment(), {})[Recorder.key(tensor)] = rounded(tensor.untyped_storage().nbytes())
         return tensor
 
     if offloads:
@@ -156,7 +159,14 @@ def saved_for_backward(job: Job) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         result = job.forward()
     del result
-    return sum(n_bytes for key, n_bytes in sizes.items() if key not in known)
+    return max(
+        (
+            sum(n_bytes for key, n_bytes in saved.items() if key not in known)
+            for segment, saved in sizes.items()
+            if segment >= 0
+        ),
+        default=0,
+    )
 
 
 def trace_program(run: RunConfig, program: str = "gptfit", steps: int = 2, evaluation: bool = False) -> Traced:

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from gptfit.compiled_parts import InOrder, named_parts, norms_in_parts, plan_part, planned_parts
 from gptfit.config import RunConfig
 from gptfit.errors import GptfitError
-from gptfit.factory import Made
+from gptfit.factory import Made, modules_of
 from gptfit.inductor_plan import plan_module
 from gptfit.optim import build_optimizer
 from gptfit.recorder import Recorder, tensors_in
@@ -51,7 +51,7 @@ class Loop:
         self.held: Any = None
         self.steps_itself = self.is_stepping = False
         self.stack = ExitStack()
-        self.vocab_size = 0
+        self.vocab_size = self.n_backwards = 0
         self.notes: list[str] = []
         self.is_compiled = run.compile
 
@@ -62,13 +62,16 @@ class Loop:
             self.made = made = self.make()
         if "torch._dynamo" in sys.modules:  # else nothing is compiled, and importing it takes a second
             self.stack.enter_context(torch.compiler.set_stance("force_eager"))
-        for part in compiled if made.batch is None else ():
-            plan_part(part, recorder)
-            self.notes = ["the modules that the callable compiles run by inductor's plan"]
+        self.stack.enter_context(taken_for_real(recorder))
+        for part in compiled:
+            if made.batch is None or part is not made.model:
+                plan_part(part, recorder)
+                self.notes = ["the modules that the callable compiles run by inductor's plan"]
         inner = getattr(made.model, "_orig_mod", None)  # torch.compile's wrapper
         if isinstance(inner, nn.Module):
             made.model, self.is_compiled = inner, made.batch is not None
         model = made.model
+        check_parameters(model)
         if made.batch is not None:
             named = named_parts(made.batch)
             for name, value in named.items():
@@ -79,7 +82,16 @@ class Loop:
         if self.is_compiled:
             self.plan(model)
         self.optimizers = made.optimizers
-        return Job(model, self.step, self.forward, self.forward, lambda: self.inputs)
+        for other in modules_of(made.micro_step) if made.micro_step else ():  # one that is not trained, as a reference
+            for name, tensor in (*other.named_parameters(), *other.named_buffers()):
+                found = recorder.alive.get(recorder.key(tensor))
+                if found is not None and found.category == "temporary":
+                    found.name, found.category = f"{type(other).__name__}: {name}", "parameter"
+        return Job(model, self.step, self.forward, self.forward, lambda: self.inputs, self.segment)
+
+    def segment(self) -> int:
+        """The number of backwards that have run; -1 inside one, where checkpoints save again."""
+        return self.n_backwards if self.recorder.phase in ("forward", "loss", "optimizer") else -1
 
     def plan(self, model: nn.Module) -> None:
         """Takes the module as inductor would run it.
@@ -113,7 +125,15 @@ class Loop:
         recorder.label_gradients(made.model)
         if not self.steps_itself:
             self.take_step()
+        self.label_kept()
         self.stop = len(recorder.notes)
+
+    def label_kept(self) -> None:
+        """What an optimizer of the user's own keeps: of a parameter's shape, and alive when a step has ended."""
+        names = {tuple(parameter.shape): name for name, parameter in self.made.model.named_parameters()}
+        for allocation in self.recorder.alive.values():
+            if allocation.category == "temporary" and allocation.shape in names and allocation.shape:
+                allocation.name, allocation.category = f"{names[allocation.shape]} state", "optimizer state"
 
     def take_step(self) -> None:
         if not self.optimizers:
@@ -185,6 +205,7 @@ class Loop:
             with self.on_cpu:
                 result = engine(*args, **kwargs)
             self.recorder.label_gradients(self.made.model)
+            self.n_backwards += 1
             self.recorder.phase = "optimizer"  # what follows a backward, until a forward begins
             return result
 
@@ -218,6 +239,12 @@ class OnCpu(TorchFunctionMode):
     ) -> Any:
         if func is Tensor.cuda:
             return args[0]
+        if func is Tensor.pin_memory:
+            return args[0]
+        if func is Tensor.__format__ and args[0].dim() == 0:  # as torch does, but for fake tensors
+            return format(self.loop.recorder.number(args[0]), args[1])
+        if func is Tensor.item:
+            return self.loop.recorder.number(args[0])
         if func is Tensor.data_ptr and self.loop.recorder.phase != "setup" and not self.loop.recorder.is_paused:
             where = self.loop.recorder.here()
             raise GptfitError(
@@ -244,12 +271,14 @@ def movable_modules() -> Iterator[None]:
     def apply(self: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         for child in self.children() if recurse else ():
             child._apply(function)
-        for parameter in self._parameters.values():
+        for key, parameter in self._parameters.items():
             if parameter is None:
                 continue
             with torch.no_grad():
                 moved = function(parameter)
-            if moved is not parameter:
+            if moved.device != parameter.device:  # from the meta device
+                self._parameters[key] = nn.Parameter(moved, parameter.requires_grad)
+            elif moved is not parameter:
                 parameter.data = moved
         for key, buffer in self._buffers.items():
             self._buffers[key] = function(buffer) if buffer is not None else None
@@ -265,15 +294,32 @@ def movable_modules() -> Iterator[None]:
 
 
 @contextmanager
+def taken_for_real(recorder: Recorder) -> Iterator[None]:
+    """Hugging Face's models build masks that a real step does without where they see a fake tensor (is_tracing in
+    transformers/utils/import_utils.py). One whose value is known does not count as such."""
+    utils: Any = sys.modules.get("transformers.utils.import_utils")
+    original = getattr(utils, "is_fake_tensor", None)
+    if original is not None:
+        utils.is_fake_tensor = lambda x: original(x) and recorder.values.of(x) is None
+    try:
+        yield
+    finally:
+        if original is not None:
+            utils.is_fake_tensor = original
+
+
+@contextmanager
 def quiet() -> Iterator[None]:
     """Without the traceback that torch logs where an op refuses its arguments, which is raised, too, and without its
-    warning that compiled modules do not call the tracer's hooks."""
+    warnings that compiled modules do not call the tracer's hooks and that a fake tensor has no memory."""
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Using `torch.compile", UserWarning)
+            warnings.filterwarnings("ignore", "torch.cuda.amp.GradScaler is enabled, but", UserWarning)
+            warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor", UserWarning)  # deepcopy does
             yield
     finally:
         logger.setLevel(level)
@@ -300,9 +346,22 @@ def autocast_on_cpu() -> Iterator[None]:
 def as_on_cuda(optimizer: Any) -> None:
     """Settings that torch takes from the device: on CUDA an optimizer that is told nothing takes foreach kernels
     (torch/optim/optimizer.py, _default_to_fused_or_foreach)."""
-    for group in optimizer.param_groups:
+    for group in getattr(optimizer, "param_groups", ()):
         if group.get("foreach", False) is None and not group.get("fused"):
             group["foreach"] = not group.get("differentiable", False)
+
+
+def check_parameters(model: nn.Module) -> None:
+    """Raises GptfitError for a model that no step can be made with."""
+    kind, parameters = type(model).__name__, list(model.named_parameters())
+    for name, parameter in parameters:
+        if parameter.device.type == "meta":
+            raise GptfitError(
+                f"{name} of {kind} is on the meta device, where a step cannot run",
+                'build the module without torch.device("meta"), as a trace takes no memory; or module.to_empty(…)',
+            )
+    if parameters and not any(parameter.requires_grad for _, parameter in parameters):
+        raise GptfitError(f"no parameter of {kind} requires a gradient", "leave requires_grad on where it is trained")
 
 
 def targets_last(named: Mapping[Any, Any]) -> tuple[Tensor, ...]:
