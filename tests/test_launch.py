@@ -21,6 +21,9 @@ def test_a_run_is_prepared_trained_resumed_and_sampled(gptfit: Any, tmp_path: Pa
     assert again.code == 0 and "done at step 3" in again.err
     steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3]
+    (out / "run.yaml").rename(tmp_path / "run.yaml")
+    lost = gptfit("train", "--resume", "max_iters=4", "--out", str(out), "--device", "cpu")
+    assert (lost.code, lost.err.splitlines()[0]) == (2, f'error: "{out}" has lost its run.yaml')
     drawn = gptfit("sample", "--out", str(out), "--prompt", "to be", "--tokens", "5", "--device", "cpu")
     assert drawn.code == 0 and drawn.out.startswith("to be")
 

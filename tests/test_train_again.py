@@ -80,6 +80,7 @@ def test_a_longer_run_is_told_where_its_learning_rate_stays(dataset: Path, tmp_p
         ("kept", True, {"lr_decay_iters": 4}),
         ("moved", False, {"lr_decay_iters": 8}),
         ("constant", False, {"lr_decay_iters": 4, "lr_schedule": "constant"}),
+        ("warms up", False, {"lr_decay_iters": 4, "warmup_iters": 50}),
     ):
         train(tiny(dataset, max_iters=4, **{**changes, "lr_decay_iters": 4}), tmp_path / name)
         events: list[Event] = []

@@ -10,6 +10,7 @@ import torch
 from gptfit.asked import Asked
 from gptfit.autofit import AutoFit
 from gptfit.card import Card, detected_card
+from gptfit.checkpoint import checkpoint_paths
 from gptfit.config import RunConfig, derive
 from gptfit.created import as_resumed
 from gptfit.device import adapt, has_expandable_segments, pick_device
@@ -129,6 +130,8 @@ def choose_source(asked: Asked, auto_fit: bool, resume_from: Path | None, device
         return read_config(asked.config, asked.overrides)
     if resume_from is not None and (resume_from / RUN_FILE).is_file():
         return read_config(str(resume_from / RUN_FILE), asked.overrides)
+    if resume_from is not None and checkpoint_paths(resume_from):
+        raise GptfitError(f'"{resume_from}" has lost its {RUN_FILE}', "give the CONFIG that the run was begun with")
     if device.type == "cuda":
         given = asked.changed({})
         mine = (word for word in GPU_OVERRIDES if word.partition("=")[0] not in given)

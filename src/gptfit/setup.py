@@ -23,7 +23,7 @@ from gptfit.errors import GptfitError
 from gptfit.events import Listener
 from gptfit.init_from import start_weights
 from gptfit.model import GPT
-from gptfit.optim import build_optimizer, load_state
+from gptfit.optim import build_optimizer, learning_rate_at, load_state
 from gptfit.parallel import share_model
 from gptfit.replacing import replacing
 from gptfit.session import Correction, Session
@@ -193,8 +193,8 @@ def _changes(checkpoint: Checkpoint, run: RunConfig, data: Dataset) -> tuple[str
     changed = [f"{key}={after[key]} (was {before[key]})" for key in after if after[key] != before[key]]
     notes = [f"resumed with {', '.join(changed)}"] if changed else []
     decayed = checkpoint.run.lr_decay_iters
-    falls = run.decay_lr and run.lr_schedule != "constant"
-    if falls and run.lr_decay_iters == decayed <= checkpoint.run.max_iters < run.max_iters:
+    stays = learning_rate_at(run.max_iters - 1, run) == run.min_lr
+    if stays and run.lr_decay_iters == decayed <= checkpoint.run.max_iters < run.max_iters:
         notes.append(
             f"lr_decay_iters stays {decayed}, and from there on lr is min_lr; lr_decay_iters={run.max_iters} moves it"
         )
