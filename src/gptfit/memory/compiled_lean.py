@@ -6,12 +6,21 @@ summed again from the embedding and what was added to it; a sum that is used twi
 more than four tensors (torch/_inductor/ir.py, should_realize_on_reuse), and so is a norm's normalised input.
 """
 
+from dataclasses import dataclass
 from math import prod
 
 from gptfit.memory.compiled import PADDED_FROM, ROW_ALIGNMENT_BYTES
 from gptfit.memory.compiled_again import Again
 from gptfit.memory.compiled_plan import GIVEN, OUTPUT, TEMPORARY, Kernel, Slot
 from gptfit.memory.tape import DTYPE_BYTES
+
+EMBEDDING = "end/wte.weight.grad"
+MOST_READS = 4  # torch/_inductor/config.py, realize_reads_threshold
+MAX_DISTANCE = 64  # torch/_inductor/scheduler.py, are_long_distant_nodes
+
+# What is fused with its like, by the ends of its groups' names: sums of the stream and what norms make of them, and
+# gradients of norms' parameters.
+STREAM, OF_NORM = "/stream", "/of norm"
 
 EMBEDDING = "end/wte.weight.grad"
 MOST_READS = 4  # torch/_inductor/config.py, realize_reads_threshold
@@ -84,10 +93,7 @@ class Lean(Again):
 
     def written(self, name: str, reads: list[str], dtype: str) -> str:
         made = self.rows(name, self.run.n_embd, dtype)
-        kind = STREAM
-        if self.positions in reads and self.run.batch_size > 1:
-            kind = WITH_ROWS[name.endswith("normalised")]
-        self.add([made], reads, places={made: tuple(reads)}, group=f"{made}{kind}")
+        self.add([made], reads, places={made: tuple(reads)}, group=f"{made}{STREAM}")
         return made
 
     # ---- norms --------------------------------------------------------------------------------------------------
@@ -200,20 +206,21 @@ class Lean(Again):
         does."""
         run, c = self.run, self.run.n_embd
         kv = run.n_kv_head * run.head_size
-        qkv = kept.get("attn.c_attn", "")
+        views = {part: kept.get(f"attn.c_attn {part}", "") for part in "qkv"}
         made_of = {
-            part: (kept.get(f"attn.{part} normed", qkv), kept[f"attn.{part} rstd"]) for part in "qk" if run.qk_norm
+            part: (kept.get(f"attn.{part} normed", views[part]), kept[f"attn.{part} rstd"])
+            for part in "qk"
+            if run.qk_norm
         }
         if run.attention == "math":
-            return [qkv], made_of
+            return [], made_of
         changed = "rotated" if run.position == "rope" else "normed"
         parts = [kept[n] for n in (f"attn.q {changed}", f"attn.k {changed}") if n in kept]
         if run.qk_norm and not parts:
             parts = [self.rows("attn.q normed", c), self.rows("attn.k normed", kv)]
             for part, made in zip("qk", parts, strict=True):
                 self.add([made], list(made_of[part]))
-        parts = parts or [qkv, qkv]
-        parts.append(qkv)
+        parts = [*(parts or [views["q"], views["k"]]), views["v"]]
         if run.n_kv_head != run.n_head and self.low == "float32":
             repeated = [
                 kept.get(f"attn.{part} repeated") or self.again(f"attn.{part} repeated", [source])
@@ -221,7 +228,7 @@ class Lean(Again):
             ]
             parts = [parts[0], *repeated]
         sums = [full for name, full in kept.items() if name.startswith("attn.y ")]
-        return [*dict.fromkeys(parts), kept["attn.y"], *sums], made_of
+        return [*filter(None, parts), kept["attn.y"], *sums], made_of
 
     def scores_backward(self, dy: str, reads: list[str]) -> list[str]:
         """Attention written out: softmax is made again from its scores, with the gradient that is taken through it."""
@@ -238,7 +245,7 @@ class Lean(Again):
             self.add([by_head], [dy])
             dy = by_head
         d_v = self.call(self.rows("attn.v gradient", c), p, dy)
-        d_p = self.call(self.scores("probabilities gradient"), dy, self.operand("v", reads))
+        d_p = self.call(self.scores("probabilities gradient"), dy, self.operand("v"))
         row, d_s = self.statistic("attn.y row", run.n_head), self.scores("scores gradient")
         through, again = [p, d_p], []
         if self.low != "float32" or run.dropout:  # p is not what softmax gave: its product is written down
@@ -248,18 +255,18 @@ class Lean(Again):
         self.add([row], through, group=of_rows)
         reads_s = [*again, *through, row]
         self.add([d_s], reads_s, places={d_s: tuple(reads_s)}, group=of_rows or f"{self.at}masked")
-        d_k = self.call(self.rows("attn.k gradient", c), d_s, self.operand("q scaled", reads))
-        d_q = self.call(self.rows("attn.q gradient", c), d_s, self.operand("k", reads))
+        d_k = self.call(self.rows("attn.k gradient", c), d_s, self.operand("q scaled"))
+        d_q = self.call(self.rows("attn.q gradient", c), d_s, self.operand("k"))
         return [d_q, d_k, d_v]
 
-    def operand(self, part: str, projection: list[str]) -> str:
+    def operand(self, part: str) -> str:
         """A copy of queries, keys or values: kept, or made again."""
         kept = self.kept_here
         if f"attn.{part} copy" in kept:
             return kept[f"attn.{part} copy"]
-        changed = (kept.get(f"attn.{part[0]} {how}") for how in ("rotated", "normed"))
-        source = next((name for name in changed if name), "")
-        return self.again(f"attn.{part} copy", [source or projection[0], kept.get(f"attn.{part[0]} rstd", "")])
+        places = (f"attn.{part[0]} rotated", f"attn.{part[0]} normed", f"attn.c_attn {part[0]}")
+        source = next(kept[name] for name in places if name in kept)
+        return self.again(f"attn.{part} copy", [source, kept.get(f"attn.{part[0]} rstd", "")])
 
     def again(self, name: str, reads: list[str]) -> str:
         made = self.rows(name, self.run.n_embd)
@@ -326,51 +333,69 @@ class Lean(Again):
                 self.call(EMBEDDING, *read, logits, next(name for name in self.slots if name.endswith("/ln_f")))
 
 
-def fuse_alike(kernels: list[Kernel], slots: dict[str, Slot], kind: str) -> None:
-    """Makes one of kernels of groups that end in `kind`, those first that share most bytes, then the nearest
-    (torch/_inductor/scheduler.py, fuse_nodes). Nothing that they are made of is made of them."""
-    spans: dict[str, tuple[int, int]] = {}
-    reads: dict[str, set[str]] = {}
-    owners: dict[str, list[Kernel]] = {}
+def loops_of(kernel: Kernel, positions: str) -> str:
+    """In which loops it runs: a flat one, over all numbers; one over rows, where it reads what a row has one of; or
+    over sequences as well, where it reads `positions`, which are the same for each."""
+    of_rows = "" if "/x at " in kernel.writes[0] else "rows"
+    return of_rows + ("sequences" if positions and positions in kernel.reads else "")
+
+
+@dataclass(slots=True)
+class Fused:
+    """Kernels of one group, from node `first` to `last`."""
+
+    kernels: list[Kernel]
+    first: int
+    last: int
+    loops: str
+
+    def distance(self, other: "Fused") -> int:
+        return max(abs(self.first - other.last), abs(other.first - self.last))
+
+    def names(self) -> set[str]:
+        return {name for kernel in self.kernels for name in (*kernel.reads, *kernel.writes)}
+
+    def fits(self, other: "Fused") -> bool:
+        """In loops alike; one flat loop alone can be written as any other, but not if something is fused already
+        (torch/_inductor/codegen/cpp.py, _can_fuse_nodes_with_compatible_ranges)."""
+        alone = any(not one.loops and len(one.kernels) == 1 for one in (self, other))
+        return self.distance(other) <= MAX_DISTANCE and (self.loops == other.loops or alone)
+
+    def join(self, other: "Fused") -> None:
+        for kernel in other.kernels:
+            kernel.group = self.kernels[0].group
+        self.kernels += other.kernels
+        self.first, self.last = min(self.first, other.first), max(self.last, other.last)
+        self.loops = self.loops or other.loops
+
+
+def fuse_alike(kernels: list[Kernel], slots: dict[str, Slot], kind: str, positions: str = "", first: str = "") -> None:
+    """Makes one of kernels of groups that end in `kind`, or of the group `first`, those first that share most bytes,
+    then the nearest (torch/_inductor/scheduler.py, fuse_nodes). Nothing that they are made of is made of them."""
+    groups: dict[str, Fused] = {}
     position = 0
     for kernel in kernels:
-        if kernel.group.endswith(kind):
-            first = spans.get(kernel.group, (position, 0))[0]
-            spans[kernel.group] = first, position
-            reads.setdefault(kernel.group, set()).update((*kernel.reads, *kernel.writes))
-            owners.setdefault(kernel.group, []).append(kernel)
+        last = position + kernel.parts - 1
+        if kernel.group in groups:
+            groups[kernel.group].kernels.append(kernel)
+            groups[kernel.group].last = last
+        elif kernel.group.endswith(kind) or (first and kernel.group == first):
+            groups[kernel.group] = Fused([kernel], position, last, loops_of(kernel, positions))
         position += kernel.parts
     while True:
-        pairs: list[tuple[int, int, str, str]] = []
-        names = list(spans)
-        for i, one in enumerate(names):
-            for other in names[i + 1 :]:
-                if distance(spans[one], spans[other]) > MAX_DISTANCE:
-                    continue
-                shared = sum(slots[name].n_bytes for name in reads[one] & reads[other] if name in slots)
-                if shared:
-                    pairs.append((-shared, distance(spans[one], spans[other]), one, other))
-        merged: dict[str, str] = {}
-        for *_, one, other in sorted(pairs, key=lambda pair: pair[:2]):
-            one, other = merged.get(one, one), merged.get(other, other)
-            if one == other or distance(spans[one], spans[other]) > MAX_DISTANCE:
-                continue
-            if is_sum(owners[one]) and is_sum(owners[other]):
-                continue
-            merged |= {name: one for name, owner in merged.items() if owner == other} | {other: one}
-            spans[one] = min(spans[one][0], spans[other][0]), max(spans[one][1], spans.pop(other)[1])
-            reads[one] |= reads.pop(other)
-            for kernel in owners[other]:
-                kernel.group = one
-            owners[one] += owners.pop(other)
-        if not merged:
+        found = list(groups.values())
+        pairs: list[tuple[int, int, int, int]] = []
+        for i, one in enumerate(found):
+            for j in range(i + 1, len(found)):
+                shared = sum(slots[name].n_bytes for name in one.names() & found[j].names() if name in slots)
+                if shared and one.fits(found[j]):
+                    pairs.append((-shared, one.distance(found[j]), i, j))
+        if not pairs:
             return
-
-
-def is_sum(kernels: list[Kernel]) -> bool:
-    """Whether one of them writes a sum of the stream: each of those has loops of its own."""
-    return any("/x at " in name for kernel in kernels for name in kernel.writes)
-
-
-def distance(one: tuple[int, int], other: tuple[int, int]) -> int:
-    return max(abs(one[0] - other[1]), abs(other[0] - one[1]))
+        of = list(found)
+        for *_, i, j in sorted(pairs):
+            one, other = of[i], of[j]
+            if one is not other and one.fits(other):
+                one.join(other)
+                of = [one if each is other else each for each in of]
+        groups = {each.kernels[0].group: each for each in of}

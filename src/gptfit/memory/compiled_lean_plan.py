@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from gptfit.memory.autograd import Tensor
 from gptfit.memory.compiled_forward import base_name
 from gptfit.memory.compiled_fusion import fuse_with_next
-from gptfit.memory.compiled_lean import EMBEDDING, OF_NORM, STREAM, WITH_ROWS, Lean, Names, fuse_alike
+from gptfit.memory.compiled_lean import EMBEDDING, OF_NORM, STREAM, Lean, Names, fuse_alike
 from gptfit.memory.compiled_order import reordered
 from gptfit.memory.compiled_plan import FRESH, GIVEN, OUTPUT, SAVED, Kernel, Plan, Slot, Step, fused
 from gptfit.memory.tape import Buffer, Event, make_buffer
@@ -34,11 +34,11 @@ class LeanPlan:
             self.take_over(name, tensor)
         self.list_kernels(given)
         listing = self.listing
-        for kind in (STREAM, OF_NORM, *WITH_ROWS):
-            fuse_alike(listing.kernels, listing.slots, kind)
+        final = f"{program.run.n_layer - 1}+0/ln_f/again"
+        fuse_alike(listing.kernels, listing.slots, STREAM, listing.positions, final)
+        fuse_alike(listing.kernels, listing.slots, OF_NORM)
         if program.run.dtype == "float32" and not program.run.dropout:
             fuse_with_next(listing.kernels, "/masked", "/softmax")
-        self.fuse_first_sums()
         self.order, self.steps = planned(tuple(map(content, listing.kernels)), tuple(listing.slots.items()))
         self.show()
 
@@ -55,10 +55,10 @@ class LeanPlan:
             listing.add([logits], list(given), places={logits: (OVER,)})
             listing.slot(FINAL, (*program.tokens, run.n_embd), run.dtype)
         start = [end["embedding"]]
-        if run.position == "learned":
+        if run.position == "learned" and run.batch_size > 1:  # of one sequence their sum is kept, which is no more
             listing.positions = end.get("pos_emb", "wpe.weight")
             start.append(listing.positions)
-        start += [end["emb mask"]] if run.dropout else []
+        start += [end["emb mask"]] if run.dropout and (run.batch_size > 1 or run.position == "rope") else []
         listing.slots["wpe.weight"] = Slot(0, "", GIVEN)
         listing.sums(start, blocks)
         dx = listing.lean_head(f"{run.n_layer - 1}+0/", end, FINAL, logits)
@@ -71,16 +71,6 @@ class LeanPlan:
         self.buffers[name] = tensor.storage.buffer
         tensor.storage.forget()
 
-    def fuse_first_sums(self) -> None:
-        """The sums that the final norm reads are made with what it makes."""
-        kernels = self.listing.kernels
-        final = f"{self.program.run.n_layer - 1}+0/ln_f/again"
-        reads = {name for kernel in kernels if kernel.group == final for name in kernel.reads}
-        first = {k.group for k in kernels if k.group.endswith(STREAM) and reads.intersection(k.writes)}
-        for kernel in kernels:
-            if kernel.group in first:
-                kernel.group = final
-
     def saved(self, place: str, tensors: list[Tensor]) -> Names:
         """The buffers that forward kept, by what they are."""
         found: Names = {}
@@ -90,10 +80,7 @@ class LeanPlan:
             found[base_name(tensor).removeprefix("h.*.")] = full
             self.take_over(full, tensor)
         if "attn.c_attn" in found:
-            full = found["attn.c_attn"]
-            slot = self.listing.slots[full]
-            width = self.listing.shapes[full][0][-1]
-            self.listing.slots[full] = slot._replace(n_bytes=slot.n_bytes // width * self.viewed(found))
+            found |= self.views(found["attn.c_attn"], found)
         for part, n_head in (("q", self.program.run.n_head), ("k", self.program.run.n_kv_head)):
             full = found.get(f"attn.{part} rstd", "")
             if full and n_head > 1:  # read where heads lie beside each other: counted once for each number of them
@@ -112,17 +99,21 @@ class LeanPlan:
                 found[short] = self.listing.slot(place + short, parameter.shape, parameter.dtype, SAVED)
         return found
 
-    def viewed(self, kept: Names) -> int:
-        """Columns of the projection to q, k and v that backward reads as views: inductor counts those alone."""
-        run = self.program.run
+    def views(self, full: str, kept: Names) -> Names:
+        """The parts of the projection to q, k and v that backward reads: inductor counts those alone, each for
+        itself."""
+        run, listing = self.program.run, self.listing
         kv_width = run.n_kv_head * run.head_size
         kinds = ("rotated", "normed", "scaled copy", "copy", "repeated")
-        taken = {part for part in "qkv" if any(f"attn.{part} {kind}" in kept for kind in kinds)}
-        if run.qk_norm and "attn.q normed" not in kept:  # whose backward reads what it normalised
-            taken -= {"q", "k"}
-        return sum(
-            width for part, width in zip("qkv", (run.n_embd, kv_width, kv_width), strict=True) if part not in taken
-        )
+        found: Names = {}
+        for part, width in (("q", run.n_embd), ("k", kv_width), ("v", kv_width)):
+            taken = any(f"attn.{part} {kind}" in kept for kind in kinds)
+            again = run.qk_norm and part != "v" and "attn.q normed" not in kept  # it is what is normalised
+            if again or not taken:
+                shape, dtype = (*self.program.tokens, width), listing.shapes[full][1]
+                found[f"attn.c_attn {part}"] = listing.slot(f"{full} {part}", shape, dtype, SAVED, full)
+        listing.slots[full] = listing.slots[full]._replace(n_bytes=0)
+        return found
 
     def show(self) -> None:
         """The buffer of each storage: of one size all are named alike, as they take each other's place."""
@@ -200,14 +191,12 @@ class NumberedPlan(Plan):
 
     def flush(self, now: int) -> None:
         names = {
-            (name, index)
+            (self.slots[name].whole or name, index)
             for index in self.pending
             for name in (*self.kernels[index].writes, *self.kernels[index].reads)
         }
         for name, index in sorted(names, key=lambda item: (self.numbers.get(item[0], -1), item[1], item[0])):
             slot = self.slots[name]
-            if slot.whole:
-                name, slot = slot.whole, self.slots[slot.whole]
             if self.last[name] != index or slot.kind == OUTPUT or name in self.overwritten:
                 continue
             if slot.kind in (SAVED, GIVEN):
