@@ -157,3 +157,48 @@ def test_a_run_whose_loss_made_a_float32_tensor_was_not_compiled() -> None:
     assert any("taken as compile=False" in warning for warning in untold.warnings)
     assert not any("taken as compile=False" in warning for warning in told.warnings)
     assert "--compile=True" in [remedy.change for remedy in untold.remedies]
+
+
+OTHER = 'Traceback (most recent call last):\n  File "t.py", line 8, in <module>\n    optimizer.step()\n{}'
+
+
+@pytest.mark.parametrize(
+    ("text", "phase"),
+    [
+        (f"{OOM}\n\nDuring handling of the above exception:\n{OTHER.format('KeyError: 1')}", "unknown"),
+        (f"{OTHER.format('ValueError: x')}\n\n{OOM}", "unknown"),
+        (f"ERROR: {OOM}\n{OTHER.format('')}", "optimizer"),  # logged first, its traceback without an end
+        (OTHER.format(OOM), "optimizer"),
+    ],
+)
+def test_frames_of_another_error_are_not_those_of_the_message(text: str, phase: str) -> None:
+    assert read_paste(text).phase == phase
+
+
+@pytest.mark.parametrize(
+    ("sizes", "ranks"),
+    [
+        (("398.00 MiB", "398.00 MiB", "402.00 MiB"), True),
+        (("398.00 MiB", "900.00 MiB", "402.00 MiB"), False),
+        (("398.00 MiB",), False),
+        (("8.00 GiB", "8.00 GiB"), False),
+    ],
+)
+def test_contexts_alike_are_ranks_of_one_job(sizes: tuple[str, ...], ranks: bool) -> None:
+    others = "".join(f"Process {100 + n} has {size} memory in use. " for n, size in enumerate(sizes))
+    text = (
+        "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 23.65 "
+    )
+    text += (
+        f"GiB of which 3.81 MiB is free. {others}Including non-PyTorch memory, this process has 3.00 GiB memory in use."
+    )
+    text += " Of the allocated memory 2.50 GiB is allocated by PyTorch, and 2.30 MiB is reserved by PyTorch but unused."
+    answer = explain_text(text)
+    assert answer.cause.startswith("other processes hold")
+    assert ("alike" in answer.cause) is ranks
+    assert answer.remedies[0].change.startswith("torch.cuda.set_device(" if ranks else "nvidia-smi")
+
+
+def test_steps_are_counted_through_colours_and_escapes() -> None:
+    assert read_paste(f"\x1b[31miter 640: loss 3.1\x1b[0m\n{OOM}").steps == 640
+    assert read_paste(f'"error": "iter 640: loss 3.1\\n{OOM}"').steps == 640

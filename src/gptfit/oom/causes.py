@@ -9,6 +9,7 @@ from gptfit.oom.enough import (
     fragmented,
     lent_bytes,
     missing_bytes,
+    ranks_alike,
     reserved_bytes,
     spare_bytes,
     unallocated_bytes,
@@ -27,6 +28,7 @@ from gptfit.oom.remedies import (
     NOT_FULL,
     ON_FULL_CARD,
     POOLS,
+    STEPS,
     TOO_LARGE,
 )
 from gptfit.oom.signs import LEAST_STEPS
@@ -70,7 +72,8 @@ def cause_of(facts: OomFacts, prospect: Prospect, tensor: tensors.Tensor | None,
     allowed = getattr(facts, "allowed_bytes", None)
     if allowed is not None and total is not None and allowed < total:
         return f"a limit of {format_bytes(allowed)} is set for this process, below what the card has"
-    signs = _by_signs(facts, prospect) if instant is None else ""  # else the tape says what took the room
+    square = tensor is not None and tensor.name == "attention scores"
+    signs = _by_signs(facts, prospect, square) if instant is None else ""  # else the tape says what took the room
     found = _by_others(facts, prospect) or _by_code(facts) or _by_figures(facts, prospect) or signs or _beside(instant)
     return found or _by_phase(facts, tensor) + _also_in_pieces(facts)
 
@@ -107,7 +110,9 @@ def _by_others(facts: OomFacts, prospect: Prospect) -> str:
         fits = prospect.enough(others, more=others)
         told = "this would have fitted" if fits else "there would have been room for this tensor"
         more = ", but not for the whole run" if fits is False else ""
-        return f"other processes hold {format_bytes(others)} of the card; without them {told}{more}"
+        alike = ranks_alike(facts)
+        job = f" ({alike} alike, as ranks of one job that all begin on this GPU)" if alike else ""
+        return f"other processes hold {format_bytes(others)} of the card{job}; without them {told}{more}"
     foreign = foreign_bytes(facts)
     return _foreign(foreign) if foreign >= MUCH_FOREIGN * (facts.total_bytes or 0) and foreign else ""
 
@@ -165,7 +170,7 @@ def _spare(facts: OomFacts, spare: int) -> str:
     return f"{format_bytes(spare)} were free where {asked} were asked for; {why}"
 
 
-def _by_signs(facts: OomFacts, prospect: Prospect) -> str:
+def _by_signs(facts: OomFacts, prospect: Prospect, square: bool) -> str:
     """What nobody accounts for, then what the code in the traceback and the log before it say."""
     if foreign := foreign_bytes(facts):
         return _foreign(foreign)
@@ -180,10 +185,10 @@ def _by_signs(facts: OomFacts, prospect: Prospect) -> str:
             f"{format_bytes(facts.allocated_bytes or 0)} are in tensors{buffers if beside >= 256 * MiB else ''}"
         )
     trained = facts.phase in ("forward", "loss", "backward", "unknown")
-    if facts.steps >= LEAST_STEPS and trained and prospect.case is None and facts.kind in OF_STEPS:
+    if facts.steps >= LEAST_STEPS and trained and not square and prospect.case is None and facts.kind in OF_STEPS:
         return (
-            f"it ran {facts.steps:,} steps first: a batch of longer samples came, or memory is kept from step to step, "
-            "or what is free lies in pieces"
+            f"{STEPS} {facts.steps:,} steps first: a batch of longer samples came, or memory is kept from step to "
+            "step, or what is free lies in pieces"
         )
     return ""
 
@@ -228,6 +233,10 @@ def _by_phase(facts: OomFacts, tensor: tensors.Tensor | None) -> str:
         )
     if phase in ("model_load", "checkpoint"):
         return "the card was full before training began: something else holds it, or a checkpoint was loaded onto it"
+    if name == "attention scores":
+        return (
+            "the attention makes its scores whole, tokens × tokens for each head: twice the tokens, four times as much"
+        )
     if name.startswith("logits") or name.startswith("cross entropy"):
         return "the logits, batch × block × vocabulary, and the copies that the loss makes of them, make the peak"
     if phase == "unknown" and not name:

@@ -85,6 +85,11 @@ def window(text: str) -> str:
     return excerpt(pieces).decode("utf-8", "replace")
 
 
+def uncoloured(text: str) -> str:
+    """`text` without what a terminal takes for a command; its line breaks and carriage returns stay."""
+    return _ANSI.sub("", text)
+
+
 def clean_lines(text: str) -> list[Line]:
     """The lines of a paste as the program printed them, each with the rank that printed it."""
     raw = [line for line in _raw_lines(_without_markup(window(text))) if line.strip()]

@@ -18,7 +18,7 @@ from gptfit.oom.failed_run import BATCH, MODEL, FailedRun, failed_run
 from gptfit.oom.folk import folk_advice
 from gptfit.oom.instant import SLACK, Instant, find_instant
 from gptfit.oom.read import OomFacts, read_paste
-from gptfit.oom.remedies import ABSURD, KIND_REMEDIES, NotRemedy, Remedy, general_remedies
+from gptfit.oom.remedies import ABSURD, KIND_REMEDIES, NotRemedy, Remedy, general_remedies, watched
 from gptfit.oom.trainers import ANY, TRAINERS, Trainer, trainer_of
 from gptfit.units import format_bytes
 
@@ -159,7 +159,7 @@ def diagnose(facts: OomFacts, failed: FailedRun | None = None, program: str | No
     cause = cause_of(facts, prospect, tensor, instant)
     failure = Failure(case, trainer, within, instant, prospect) if case is not None else None
     spoken = ANY if case is None and program is None and facts.program not in TRAINERS else trainer
-    remedies = [*general_remedies(facts, prospect), *_of_the_run(facts, failure, spoken, tensor)]
+    remedies = [*general_remedies(facts, prospect), *_of_the_run(facts, failure, spoken, tensor), *watched(facts)]
     if case is not None and not trainer.exact:
         warnings.append(
             f"the figures are those of the same model in gptfit's code, eager unless told; {trainer.title} keeps more "

@@ -84,6 +84,15 @@ def foreign_bytes(facts: OomFacts) -> int:
     return foreign if missing and foreign >= max(missing, LEAST_FOREIGN) else 0
 
 
+def ranks_alike(facts: OomFacts) -> int:
+    """How many of the other processes named hold a context and hardly more, and all the same: ranks of one job that
+    have all touched this GPU."""
+    own = facts.process_bytes
+    others = [size for size in facts.named_bytes if size != own and LEAST_CONTEXT <= size <= MOST_CONTEXT]
+    return len(others) if len(others) > 1 and max(others) - min(others) <= 16 * MiB else 0
+
+
+LEAST_CONTEXT, MOST_CONTEXT = 100 * MiB, GiB
 # Beyond what another process's coming and going, or the driver's own use, may explain.
 LEAST_SPARE = 256 * MiB
 

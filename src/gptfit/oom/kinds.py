@@ -75,6 +75,12 @@ def _kind(rule: Rule, at: int) -> Kind:
     return Kind(rule.kind, rule.wording, rule.explanation, at)
 
 
+def is_error(line: str) -> bool:
+    """Whether a line names an exception, as the last of a traceback does."""
+    found = _ERROR_LINE.match(line)
+    return found is not None and not found.group(1).endswith("Warning")
+
+
 def _errors(lines: Sequence[str]) -> list[tuple[int, str, str]]:
     """Line number, class and message of each exception that the launcher did not make."""
     return [

@@ -22,7 +22,7 @@ from gptfit.oom.hints import (
     shapes_in,
     torch_version,
 )
-from gptfit.oom.kinds import Kind, kind_of
+from gptfit.oom.kinds import Kind, is_error, kind_of
 from gptfit.oom.phases import from_frames, phase_of, phase_of_text
 from gptfit.oom.runkeys import run_keys
 from gptfit.oom.signs import cards_in, collects, gathers, kept_by, offloads, steps_before
@@ -68,7 +68,8 @@ class OomFacts:
     lists in the text; `steps` how many steps its log counts before; `kept` is the line that keeps tensors from step to
     step, `collected` says that an evaluation failed as it collected its batches' logits,
     `gathered` that FSDP put whole parameters together for a checkpoint, `offload` that DeepSpeed was
-    told to keep things in the computer's memory. `near` are the lines before a message that has no frames.
+    told to keep things in the computer's memory. `near` are the lines before a message that has no frames,
+    `named_bytes` what each process named by its id holds, this one too where it is named so.
     """
 
     kind: str
@@ -108,6 +109,7 @@ class OomFacts:
     gathered: bool = False
     offload: bool = False
     near: tuple[str, ...] = ()
+    named_bytes: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
 
 
@@ -138,7 +140,7 @@ def read_paste(text: str) -> OomFacts:
         figures.pop("total_bytes", None)
     kind = _limited(kind, figures)
     every = read_frames(paste.logical)
-    frames = tuple(_clean(frame) for frame in _traceback(paste, stream, message, kind) or [frame for _, frame in every])
+    frames = tuple(_clean(frame) for frame in _traceback(paste, stream, message, kind))
     quoted = [frame.code for _, frame in every]
     sources = [line for _, line in paste.logical]
     program = program_of(texts)
@@ -149,7 +151,7 @@ def read_paste(text: str) -> OomFacts:
     for key, value in from_frames(frames).items():
         if places.get(key, "code") == "code":
             config[key], places[key] = value, "frames"
-    phase = _phase(kind, frames, texts)
+    phase = _phase(kind, frames, texts if frames else _around(paste, texts, stream, message))
     named = message is not None and "other_processes_bytes" in figures and THIS_PROCESS not in message.text
     return OomFacts(
         kind=kind.kind,
@@ -158,6 +160,7 @@ def read_paste(text: str) -> OomFacts:
         device_index=message.device_index if message is not None and figures else None,
         phase=phase,
         processes=tuple(processes_in(message.text)) if message is not None and named else (),
+        named_bytes=tuple(size for _, size in processes_in(message.text)) if message is not None else (),
         progress=progress_of(texts, phase),
         frames=frames,
         config=MappingProxyType(config),
@@ -268,7 +271,8 @@ def _traceback(paste: _Paste, stream: Stream, message: Message | None, kind: Kin
         ends = sorted({stream.line_at(again.start) for again in repetitions(message, messages_in(stream.text))})
     elif kind.at >= 0:
         ends = [paste.stream.line_at(kind.at)]
-    return next((frames for end in ends if (frames := _frames_before(paste, headers, end))), [])
+    before = next((frames for end in ends if (frames := _frames_before(paste, headers, end))), [])
+    return before or _frames_after(paste, headers, ends[0] if ends else -1)
 
 
 def _frames_before(paste: _Paste, headers: Sequence[int], end: int) -> list[Frame]:
@@ -283,10 +287,39 @@ def _frames_before(paste: _Paste, headers: Sequence[int], end: int) -> list[Fram
         frames = [frame for _, frame in read_frames(chosen)]
         if sum(not frame.code for frame in frames) < 2 and frames:  # ranks that are none tear frames from their code
             return frames
-    return [frame for _, frame in read_frames([row for row in paste.logical if begin <= row[0] <= end])]
+    rows = [row for row in paste.logical if begin <= row[0] <= end]
+    ended = max((at for at, row in enumerate(rows[:-1]) if _ends_another(row[1])), default=-1)
+    return [frame for _, frame in read_frames(rows[ended + 1 :])]
+
+
+def _frames_after(paste: _Paste, headers: Sequence[int], end: int) -> list[Frame]:
+    """Frames of a traceback that was logged after its message; none where it ends with another error."""
+    begin = next((number for number in headers if number > end), 0 if not headers else -1)
+    if begin < 0:
+        return []
+    rows = [row for row in paste.logical if row[0] >= begin]
+    over = next((at for at, row in enumerate(rows) if is_error(row[1])), len(rows))
+    if over < len(rows) and _ends_another(rows[over][1]):
+        return []
+    return [frame for _, frame in read_frames(rows[:over])]
+
+
+def _ends_another(text: str) -> bool:
+    """Whether a line ends the traceback of an error that is not about memory."""
+    return is_error(text) and "memory" not in text.lower()
 
 
 NEAR = 4
+
+
+def _around(paste: _Paste, texts: Sequence[str], stream: Stream, message: Message | None) -> Sequence[str]:
+    """The lines that may speak of the message: not those of another error's traceback before it or after it."""
+    if message is None:
+        return texts
+    end = stream.line_at(message.start)
+    begin = max((number for number, text in enumerate(texts[:end]) if _ends_another(text)), default=-1) + 1
+    over = next((number for number, part in enumerate(paste.squashed) if number > end and is_header(part)), len(texts))
+    return texts[begin:over]
 
 
 def _near(texts: Sequence[str], stream: Stream, message: Message | None) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from gptfit.oom.enough import (
     fragmented,
     hidden_bytes,
     lent_bytes,
+    ranks_alike,
     reserved_bytes,
     spare_bytes,
     unallocated_bytes,
@@ -58,7 +59,7 @@ def general_remedies(facts: OomFacts, prospect: Prospect) -> list[Remedy]:
     found = [*_limit(facts), *_lent(facts), *_others(facts, prospect), *_signs(facts), *_fragments(facts, prospect)]
     if facts.phase == "model_load":
         found += _model_load(facts)
-    if facts.phase in ("checkpoint", "model_load"):
+    if facts.phase in ("checkpoint", "model_load") and not facts.gathered:
         why = "on the card a checkpoint is there a second time, optimizer state included, until it is dropped"
         case = prospect.case
         saves = case.checkpoint_bytes if case is not None and facts.phase == "checkpoint" else None
@@ -93,6 +94,7 @@ NOT_FULL = "the card was not full"
 KEPT = "something is kept from step to step"
 COLLECTED = "predictions pile up"
 GATHERED = "whole parameters are put together"
+STEPS = "it ran"
 POOLS = "CUDA graphs"
 TOO_LARGE = "the model alone does not fit"
 ABSURD = "more than 1EB"  # the wording
@@ -149,6 +151,8 @@ def _others(facts: OomFacts, prospect: Prospect) -> Iterator[Remedy]:
     saves = others + hidden
     if not saves:
         return
+    if ranks_alike(facts):
+        yield Remedy(*RANKS[1], cures="other processes")
     enough, why = prospect.enough(saves, more=saves), "; ".join(held)
     yield Remedy(END_OTHERS, why, saves, enough)
     if enough is False and (both := _expanded(facts, prospect, saves)) is not None and both.enough:
@@ -187,9 +191,14 @@ def _signs(facts: OomFacts) -> Iterator[Remedy]:
     if pools and pools >= 0.2 * (facts.allocated_bytes or pools + 1):
         why = f"without CUDA graphs their {format_bytes(pools)} are shared with everything else"
         yield Remedy('torch.compile(model), no mode="reduce-overhead"', why, cures=POOLS)
+
+
+def watched(facts: OomFacts) -> Iterator[Remedy]:
+    """What tells a leak from a longer sample, where steps ran before."""
     if facts.steps >= LEAST_STEPS and facts.phase in ("forward", "loss", "backward", "unknown") and not facts.kept:
+        allocated = ALLOCATED.get(facts.kind, "torch.cuda.memory_allocated()")
         why = f"it ran {facts.steps:,} steps: what grows with each is kept; where it jumps, a sample is longer"
-        yield Remedy(f"print({ALLOCATED.get(facts.kind, 'torch.cuda.memory_allocated()')} >> 20) after each step", why)
+        yield Remedy(f"print({allocated} >> 20) after each step", why, cures=STEPS)
 
 
 def _model_load(facts: OomFacts) -> Iterator[Remedy]:

@@ -4,6 +4,7 @@ tensors from step to step."""
 import re
 from collections.abc import Sequence
 
+from gptfit.oom.clean import uncoloured
 from gptfit.oom.frames import Frame
 from gptfit.oom.pattern import lazy
 
@@ -15,7 +16,7 @@ LEAST_STEPS = 20  # by then every tensor of a step has been made, its optimizer'
 _CARD = lazy(r"(?<![\d.])(\d{1,7})MiB\s{0,4}/\s{0,4}(\d{3,7})MiB")
 _MESSAGE = lazy(r"out of memory|tried to allocate", re.I)
 _STEP = lazy(
-    r"\b(?:iter(?:ation)?|(?:global_|train_?)?step|batch)[\"']?\s{0,2}[:= ]\s{0,4}(\d{1,9})(?![\d.]*[%x])", re.I
+    r"(?:\b|\\n)(?:iter(?:ation)?|(?:global_|train_?)?step|batch)[\"']?\s{0,2}[:= ]\s{0,4}(\d{1,9})(?![\d.]*[%x])", re.I
 )
 _BAR = lazy(r"\|\s{0,3}(\d{1,9})/(\d{1,9}) \[\d{1,3}:\d\d[^\]\n\r]{0,60}(?:it/s|s/it|step/s|ba/s)")
 _NO_STEPS = lazy(
@@ -54,7 +55,7 @@ def steps_before(text: str) -> int:
     a data set, shards of a model) is no step."""
     message = _MESSAGE.search(text)
     end = message.start() if message is not None else len(text)
-    log = text[max(0, end - LAST) : end]
+    log = uncoloured(text[max(0, end - LAST) : end])
     counted = [(match.start(), int(match.group(1))) for match in _STEP.finditer(log)]
     for match in _BAR.finditer(log):
         name = log[max(0, match.start() - BAR_WIDTH) : match.start()].replace("\r", "\n").rpartition("\n")[2]
