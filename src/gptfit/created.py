@@ -41,7 +41,7 @@ def created_least(run: RunConfig, workspace_bytes: int) -> RunConfig:
 def held_bytes(run: RunConfig, workspace_bytes: int) -> tuple[int, ...]:
     """What the allocator holds at most, after each start that `estimate` takes into account."""
     others = (False,) if run.expandable_segments else (False, True)
-    return tuple(replay(run, "gptfit", workspace_bytes, other).reserved_bytes for other in others)  # pyright: ignore[reportArgumentType]
+    return tuple(replay(run, "gptfit", workspace_bytes, other).reserved_bytes for other in others)
 
 
 def saved_bytes(run: RunConfig, compute_capability: str | None) -> int:

@@ -153,7 +153,7 @@ class Estimate(Needs):
         run = make_run(self.config)
         workspace_bytes = next(row.n_bytes for row in self.tensors if row.category == "workspace") // CUBLAS_HANDLES
         other = derive(run, expandable_segments=not run.expandable_segments)
-        return replay(other, self.program, workspace_bytes).reserved_bytes  # pyright: ignore[reportArgumentType]
+        return replay(other, self.program, workspace_bytes).reserved_bytes
 
     def to_json(self) -> dict[str, object]:
         """The object that `gptfit estimate --json` prints."""
@@ -200,12 +200,12 @@ def estimate(
     run = under_program(run, program)
     capability = profile.compute_capability if profile else None
     workspace_bytes = cublas_workspace_bytes(capability)
-    replayed = replay(run, program, workspace_bytes)  # pyright: ignore[reportArgumentType]  frozen models have a hash
+    replayed = replay(run, program, workspace_bytes)
     live = live_figures(run, program)  # pyright: ignore[reportArgumentType]
     rows = all_rows(live.rows, replayed.allocated_bytes, live.peak.live_bytes, workspace_bytes)
     context_bytes = profile.context_bytes if profile else UNKNOWN_CARD_CONTEXT_BYTES
     budget = Budget(profile.name, profile.total_bytes, reserve_bytes) if profile else None
-    other = None if run.expandable_segments else replay(run, program, workspace_bytes, other_start=True)  # pyright: ignore[reportArgumentType]
+    other = None if run.expandable_segments else replay(run, program, workspace_bytes, other_start=True)
     other_bytes = None if other is None else other.reserved_bytes
     interval = process_interval(run.compile, replayed.reserved_bytes, profile, risk, other_bytes)
     fits_squeezed = False
@@ -274,10 +274,14 @@ def live_figures(run: RunConfig, program: str) -> Live:
     )
 
 
-@lru_cache(maxsize=256)
 def replay(run: RunConfig, program: str, workspace_bytes: int, other_start: bool = False) -> Reserved:
     """What the allocator holds: the same on all cards with such workspaces, and most of the time that many take.
     The other start is with a first evaluation where the program has none, and without where it has one."""
+    return _replay(run, program, workspace_bytes, other_start)  # pyright: ignore[reportArgumentType]  frozen models have a hash
+
+
+@lru_cache(maxsize=256)
+def _replay(run: RunConfig, program: str, workspace_bytes: int, other_start: bool) -> Reserved:
     parts = kernel_pieces(run, program)  # pyright: ignore[reportArgumentType]
     if other_start:
         parts = replace(parts, evaluates_first=not parts.evaluates_first)

@@ -10,7 +10,7 @@ from gptfit.door import ConfigSource
 from gptfit.errors import GptfitError
 from gptfit.estimate import Budget, Estimate, estimate, speed_json, under_program
 from gptfit.gpus import gpu_names
-from gptfit.plan import LAST_RESORT, Search, changes_numerics, checked_tokens, choices, options
+from gptfit.plan import LAST_RESORT, Search, changes_numerics, checked_tokens, choices, options, uncollected
 from gptfit.target import Goal, Target, reach
 
 
@@ -126,6 +126,7 @@ def find_cards(names: Iterable[str], reserve: str | None) -> list[Card]:
     return list(cards.values())
 
 
+@uncollected()
 def shortlist(
     source: ConfigSource,
     cards: Sequence[Card],
