@@ -149,8 +149,7 @@ def diagnose(facts: OomFacts, failed: FailedRun | None = None, program: str | No
     if failed is not None and case is not None:
         warnings += failed.notes
     within = instant.within if instant else WITHIN.get(facts.phase, ())
-    room = _room(facts, trainer, instant) if case is not None and known else None
-    prospect = Prospect(case if known else None, room, missing_bytes(facts), within)
+    prospect = _prospect(facts, trainer, case if known else None, instant, within)
     hidden = hidden_bytes(facts)
     if facts.process_bytes is None and hidden >= LEAST_HIDDEN:
         warnings.append(
@@ -248,6 +247,13 @@ def _case(failed: FailedRun | None, trainer: Trainer, first: bool, warnings: lis
     except GptfitError as error:
         warnings.append(error.message)
         return None
+
+
+def _prospect(
+    facts: OomFacts, trainer: Trainer, case: Case | None, instant: Instant | None, within: tuple[str, ...]
+) -> Prospect:
+    room = None if case is None else _room(facts, trainer, instant)
+    return Prospect(case, room, missing_bytes(facts), within)
 
 
 def _eager(case: Case, tensor: tensors.Tensor | None, warnings: list[str]) -> Case:
