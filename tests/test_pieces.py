@@ -7,7 +7,7 @@ import pytest
 
 from gptfit.config import RunConfig, make_run
 from gptfit.memory.autograd import THREADS
-from gptfit.memory.step import bare, later_step_items, pieces, start_items, steady_peak, steady_step
+from gptfit.memory.step import bare, later_step_items, pieces, representative, start_items, steady_peak, steady_step
 from gptfit.memory.tape import Event, Item, Loop, Mark
 
 SMALL = {"n_layer": 4, "n_head": 4, "n_embd": 256, "block_size": 128, "batch_size": 6, "vocab_size": 50304}
@@ -82,6 +82,26 @@ def test_the_first_micro_step_finds_nothing_held_and_no_workspace(keys: dict[str
         assert made_once > places  # and the states
     else:
         assert made_once == places if not run.compile else made_once <= places
+
+
+@pytest.mark.parametrize("keys", RUNS, ids=str)
+@pytest.mark.parametrize("sizes", [(1, 4, 100, 4), (2, 12, 8192, 2), (7, 8, 300, 1), (3, 20, 2000, 16)])
+def test_a_run_is_represented_by_one_with_the_same_pieces(
+    keys: dict[str, object], sizes: tuple[int, int, int, int]
+) -> None:
+    batch_size, steps, chunk, eval_batch_size = sizes
+    steps = 1 if "optimizer_in_backward" in keys else steps
+    own = {"batch_size": batch_size, "loss_chunk_size": chunk, "eval_batch_size": eval_batch_size}
+    run = made(keys | own | {"gradient_accumulation_steps": steps})
+    alike = representative(run)
+    assert representative(alike) == alike and alike.micro_steps <= 3
+    for items in (start_items, later_step_items):
+        assert list(flat(items(run, whole := pieces(run, "gptfit")))) == list(
+            flat(items(alike, other := pieces(alike, "gptfit")))
+        )
+    assert list(flat(whole.evaluation)) == list(flat(other.evaluation))
+    assert steady_step(run, whole).peak() == steady_step(alike, other).peak()
+    assert (whole.flops_per_token, whole.saved_bytes) == (other.flops_per_token, other.saved_bytes)
 
 
 def counted(items: list[Item]) -> Counter[tuple[int, str]]:

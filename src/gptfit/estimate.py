@@ -13,7 +13,7 @@ from gptfit.memory import compiled, sharding
 from gptfit.memory.allocator import OutOfMemory
 from gptfit.memory.overhead import CUBLAS_HANDLES, UNKNOWN_CARD_CONTEXT_BYTES, cublas_workspace_bytes
 from gptfit.memory.reserve import Reserved, replay_run
-from gptfit.memory.step import PROGRAMS, Pieces, bare, pieces, steady_step
+from gptfit.memory.step import PROGRAMS, Pieces, bare, pieces, representative, steady_step
 from gptfit.memory.tape import Peak, Tape
 from gptfit.memory.whole_run import evaluation_bytes, run_phases
 from gptfit.speed import Speed, predict
@@ -201,7 +201,7 @@ def estimate(
     capability = profile.compute_capability if profile else None
     workspace_bytes = cublas_workspace_bytes(capability)
     replayed = replay(run, program, workspace_bytes)
-    live = live_figures(run, program)  # pyright: ignore[reportArgumentType]
+    live = live_figures(representative(run), program)  # pyright: ignore[reportArgumentType]
     rows = all_rows(live.rows, replayed.allocated_bytes, live.peak.live_bytes, workspace_bytes)
     context_bytes = profile.context_bytes if profile else UNKNOWN_CARD_CONTEXT_BYTES
     budget = Budget(profile.name, profile.total_bytes, reserve_bytes) if profile else None
@@ -277,7 +277,7 @@ def live_figures(run: RunConfig, program: str) -> Live:
 def replay(run: RunConfig, program: str, workspace_bytes: int, other_start: bool = False) -> Reserved:
     """What the allocator holds: the same on all cards with such workspaces, and most of the time that many take.
     The other start is with a first evaluation where the program has none, and without where it has one."""
-    return _replay(run, program, workspace_bytes, other_start)  # pyright: ignore[reportArgumentType]  frozen models have a hash
+    return _replay(representative(run), program, workspace_bytes, other_start)  # pyright: ignore[reportArgumentType]  frozen models have a hash
 
 
 @lru_cache(maxsize=256)
@@ -302,7 +302,7 @@ def squeeze_in(
     """
     if free.reserved_bytes + spare_bytes <= room_bytes or free.allocated_bytes > room_bytes:
         return free, False
-    parts = kernel_pieces(run, program)  # pyright: ignore[reportArgumentType]
+    parts = kernel_pieces(representative(run), program)  # pyright: ignore[reportArgumentType]
     for capacity_bytes, is_sure in ((room_bytes - spare_bytes, True), (room_bytes, False)):
         with suppress(OutOfMemory):
             held = replay_run(run, parts, workspace_bytes, capacity_bytes=capacity_bytes)

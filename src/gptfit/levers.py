@@ -8,7 +8,7 @@ from gptfit.errors import GptfitError
 from gptfit.estimate import Estimate, estimate, replay, under_program
 from gptfit.gpus import GpuProfile
 from gptfit.memory.overhead import CUBLAS_HANDLES, cublas_workspace_bytes
-from gptfit.memory.step import pieces, steady_step
+from gptfit.memory.step import steady_peak
 from gptfit.speed import Speed, predict
 
 CLEAR = 0.35  # of the live peak: more than any recorded fragmentation of a training step adds
@@ -158,8 +158,7 @@ def effect_of(
     program = lever.program or program
     try:
         after = under_program(derive(run, **changes), program)
-        parts = pieces(after, program, whole=False)
-        live_bytes = steady_step(after, parts).peak().live_bytes
+        live_bytes, flops_per_token = steady_peak(after, program)
         fits, certain = fits_surely(live_bytes, profile, reserve_bytes), True
         if fits is None:
             full = estimate(after, program, profile, reserve_bytes, given.interval.risk)
@@ -168,7 +167,7 @@ def effect_of(
             process_bytes = process_bytes_of(after, program, profile)
     except GptfitError:
         return None
-    speed = predict(after, profile, parts.flops_per_token, program)
+    speed = predict(after, profile, flops_per_token, program)
     return LeverEffect(
         change,
         live_bytes - given.live_bytes,
@@ -214,7 +213,7 @@ def micro_batch_effects(
     while low < high:
         middle = (low + high + 1) // 2
         smaller = with_micro_batch(run, middle)
-        live_bytes = steady_step(smaller, pieces(smaller, program, whole=False)).peak().live_bytes
+        live_bytes, _ = steady_peak(smaller, program)
         after = None
         if fits_surely(live_bytes, profile, reserve_bytes) is not False:
             after = estimate(smaller, program, profile, reserve_bytes, given.interval.risk)

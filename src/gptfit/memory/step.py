@@ -221,10 +221,21 @@ def steady_step(run: RunConfig, p: Pieces) -> Tape:
     return Tape([*setup, *later_step_items(run, p, run.micro_steps)])
 
 
+def representative(run: RunConfig) -> RunConfig:
+    """A run with the same pieces, the same one for all runs that have them: micro-steps from the third of a step on are
+    alike, and a chunk of the loss has no more tokens than a batch."""
+    most_tokens = max(run.batch_size, run.eval_batch_size) * run.block_size
+    return derive(
+        run,
+        gradient_accumulation_steps=min(run.micro_steps, 3) * run.n_gpus,
+        loss_chunk_size=min(run.loss_chunk_size, most_tokens),
+    )
+
+
 def steady_peak(run: RunConfig, program: str) -> tuple[int, int]:
     """Live bytes at the peak of a steady step, and FLOPs a token. They are the same on every card: kept, as a search
     over many cards asks for the same runs again and again."""
-    return _steady_peak(run, program)  # pyright: ignore[reportArgumentType]  frozen models have a hash
+    return _steady_peak(representative(run), program)  # pyright: ignore[reportArgumentType]  frozen models have a hash
 
 
 @lru_cache(maxsize=4096)
