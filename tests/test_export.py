@@ -87,6 +87,9 @@ TOLERANCE = 2e-5
 def test_transformers_computes_the_same_logits(name: str, tmp_path: Path, transformers: Any, gptfit: Any) -> None:
     _, ours = checkpointed(tmp_path, **EXPRESSIBLE[name])
     done = gptfit("export", "--out", str(tmp_path), "--to", str(tmp_path / "hf"))
+    told = json.loads(gptfit("export", "--out", str(tmp_path), "--to", str(tmp_path / "hf"), "--json").out)
+    assert told["schema"] == "gptfit.export/1" and f"{told['model']}, step {told['step']}" == done.out.splitlines()[0]
+    assert told["files"] == done.out.splitlines()[1:]
     assert done.code == 0 and "step 3" in done.out
     assert difference(tmp_path / "hf", ours, transformers) < TOLERANCE
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["eos_token_id"] == 256

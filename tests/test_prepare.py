@@ -333,7 +333,7 @@ def test_in_a_folder_it_is_passed_over_and_counted(tmp_path: Path, gptfit: Any) 
         (folder / name).write_bytes(data)
     done = gptfit("data", "prepare", str(folder), "--out", str(tmp_path / "out"), "--split", "tail")
     assert done.code == 0
-    passed = "passed over: 4 files that are not UTF-8 text, 1 empty files, 1 lines and rows without text"
+    passed = "passed over: 4 files that are not UTF-8 text, 1 empty file, 1 line or row without text; the first is "
     assert passed in " ".join(done.out.split())
     raw = b"".join((tmp_path / "out" / f"{part}.bin").read_bytes() for part in ("train", "val"))
     assert raw[::2] == b"one\0two" and raw[6:8] == b"\0\1"  # 256, and no mark

@@ -38,6 +38,8 @@ def test_a_part_of_a_byte_is_no_size(text: str) -> None:
         (("plan", ""), "the config is an empty text"),
         (("verify", "gpt2", "--gpu", "rtx4070"), "gptfit verify takes no --gpu"),
         (("estimate", "gpt2", "--gpus", "2"), "gptfit estimate takes no --gpus; plan does"),
+        (("data", "prepare", "a.txt", "--out", "x", "--shard-size", "1"), "--shard-size 1: expected 1MiB or more"),
+        (("data", "prepare", "a.txt", "--out", "x", "--shard-size", "0"), "--shard-size 0: expected 1MiB or more"),
         (("train", "tiny", "eval_only=True"), "eval_only=True: gptfit train changes weights"),
         (("plan", "--gpu", "rtx4070", "--allow", "adam"), 'unknown lever "adam"'),
     ],

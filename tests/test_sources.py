@@ -208,6 +208,15 @@ def test_a_tokenizer_is_learned(tmp_path: Path, gptfit: Any) -> None:
     ]
 
 
+def test_a_line_whose_text_is_null_is_one_without_text(tmp_path: Path, gptfit: Any) -> None:
+    lines = ['{"text": "one of two"}', '{"text": null}', '{"text": "two of two"}', '{"text": ""}']
+    (tmp_path / "in.jsonl").write_text("\n".join(lines))
+    done = gptfit("data", "prepare", str(tmp_path / "in.jsonl"), "--out", str(tmp_path / "out"), "--json")
+    made = json.loads(done.out)
+    assert (made["schema"], made["n_documents"], made["n_blank"]) == ("gptfit.prepared/1", 2, 2)
+    assert made["n_train"] + made["n_val"] >= 20 and made["folder"] == str(tmp_path / "out")
+
+
 @pytest.mark.parametrize("words, said", [(("100",), "257 ids are the bytes"), (("300", "-"), "reads its text twice")])
 def test_a_tokenizer_that_cannot_be_learned(words: tuple[str, ...], said: str, tmp_path: Path, gptfit: Any) -> None:
     (tmp_path / "a.txt").write_text("text")

@@ -84,7 +84,7 @@ def test_gradients_that_are_no_numbers_stop_the_run_before_they_are_saved(datase
     bad_at(monkeypatch, "gradients", {9})
     with pytest.raises(GptfitError, match=r"step 5: the norm of the gradients is (nan|inf); it is not saved") as caught:
         train(tiny(dataset, eval_interval=0), tmp_path)
-    assert "there is no checkpoint yet" in (caught.value.hint or "")
+    assert "begin anew with a lower learning_rate" in (caught.value.hint or "")
     assert checkpoint.latest_valid(tmp_path) is None
 
 

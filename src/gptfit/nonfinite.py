@@ -51,5 +51,7 @@ def stop(session: Session, what: str) -> None:
 
 
 def hint(session: Session) -> str:
-    last = f"the last good checkpoint is {session.saved}" if session.saved else "there is no checkpoint yet"
-    return f"{last}; resume with a lower learning_rate, or on_nan=skip to leave such steps out"
+    how = "a lower learning_rate, or on_nan=skip to leave such steps out"
+    return (
+        f"the last good checkpoint is {session.saved}; resume with {how}" if session.saved else f"begin anew with {how}"
+    )

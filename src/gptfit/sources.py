@@ -220,7 +220,7 @@ def _json_lines(file: BinaryIO, name: str, field: str, place: Place) -> Iterator
 def _text_of(entry: dict[str, Any], where: str, field: str) -> bytes:
     if field not in entry:
         raise _no_field(entry, where, "key", field)
-    return _as_bytes(entry[field], where, field)
+    return b"" if entry[field] is None else _as_bytes(entry[field], where, field)  # null: as in a row of parquet
 
 
 def _no_field(names: Iterable[str], where: str, what: str, field: str) -> GptfitError:

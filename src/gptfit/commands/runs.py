@@ -1,12 +1,14 @@
 """What trains: train, sample and data prepare."""
 
 import os
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from gptfit.errors import GptfitError
 from gptfit.options import (
     INTERRUPTED,
     NO,
@@ -165,6 +167,7 @@ def data_prepare(
         typer.Option("--train-bpe", metavar="N", help="Learn a tokenizer of N ids from this text.", show_default=False),
     ] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Begin anew where one was cut short.")] = False,
+    json: Json = False,
 ) -> None:
     """Token files from text, in nanoGPT's format.
 
@@ -172,11 +175,13 @@ def data_prepare(
     """
     from gptfit.prepare import prepare
     from gptfit.progress import Counter
-    from gptfit.report.lists import prepared_view
-    from gptfit.report.output import show
-    from gptfit.units import parse_size
+    from gptfit.report.lists import prepared_json, prepared_view
+    from gptfit.report.output import respond
+    from gptfit.units import MiB, parse_size
 
     shard_bytes = parse_size(shard_size) if shard_size else 0
+    if shard_size and shard_bytes < MiB:
+        raise GptfitError(f"--shard-size {shard_size}: expected 1MiB or more, each is a file", "1GiB is usual")
     if train_bpe is not None:
         from gptfit.bpe import train_bpe as learn
 
@@ -184,7 +189,9 @@ def data_prepare(
     with Counter() as counter:
         how = {"field": field, "split": split, "shard_bytes": shard_bytes, "workers": workers, "restart": restart}
         prepared = prepare(sources, tokenizer, out, val_fraction, counter, **how, on_begin=counter.begin)
-    show(prepared_view(prepared))
+    if train_bpe is not None and prepared.vocab_size < train_bpe:
+        print(f"this text has no pairs for {train_bpe:,} ids: they are {prepared.vocab_size:,}", file=sys.stderr)
+    respond(json, lambda: prepared_json(prepared), prepared_view(prepared))
 
 
 @app.command()
@@ -195,14 +202,19 @@ def export(
     ] = None,
     format: Annotated[str, typer.Option("--format", metavar="NAME", help="hf or nanogpt.")] = "hf",
     raw: Raw = False,
+    json: Json = False,
 ) -> None:
     """The newest checkpoint of a run, for Hugging Face transformers or nanoGPT."""
     from gptfit.named import check_checkpoint, check_format
-    from gptfit.report.output import write
+    from gptfit.report.output import write, write_json
 
     check_format(format)
     check_checkpoint(out)
     from gptfit.export import export as write_export  # torch, once there is something to write
 
     answer = write_export(out, to, format, raw)
-    write(f"{answer.model}, step {answer.step}\n" + "".join(f"{path}\n" for path in answer.files))
+    files = [str(path) for path in answer.files]
+    if json:
+        write_json({"schema": "gptfit.export/1", "model": answer.model, "step": answer.step, "files": files})
+    else:
+        write(f"{answer.model}, step {answer.step}\n" + "".join(f"{path}\n" for path in files))

@@ -105,15 +105,33 @@ def prepared_view(answer: "Prepared") -> Iterator[RenderableType]:
     )
     how = "documents drawn by their hash" if answer.split == "documents" else "the last part of the text"
     yield Text(f"for validation: {how}", style=QUIET)
-    passed = {
-        "files that are not UTF-8 text": len(answer.skipped),
-        "empty files": answer.n_empty,
-        "lines and rows without text": answer.n_blank,
-    }
-    if any(passed.values()):
-        found = ", ".join(f"{n:,} {what}" for what, n in passed.items() if n)
-        yield Text(f"passed over: {found}", style=QUIET)
+    passed = (
+        (len(answer.skipped), "file that is not UTF-8 text", "files that are not UTF-8 text"),
+        (answer.n_empty, "empty file", "empty files"),
+        (answer.n_blank, "line or row without text", "lines and rows without text"),
+    )
+    if found := [counted(*one) for one in passed if one[0]]:
+        first = f"; the first is {answer.skipped[0]}" if answer.skipped else ""
+        yield Text(f"passed over: {', '.join(found)}{first}", style=QUIET)
     yield from commands((f"gptfit train tiny dataset={answer.folder} vocab_size={-(-answer.vocab_size // 64) * 64}",))
+
+
+def prepared_json(answer: "Prepared") -> dict[str, object]:
+    return {
+        "schema": "gptfit.prepared/1",
+        "folder": str(answer.folder),
+        "tokenizer": answer.tokenizer,
+        "vocab_size": answer.vocab_size,
+        "n_train": answer.n_train,
+        "n_val": answer.n_val,
+        "split": answer.split,
+        "n_shards": answer.n_shards,
+        "n_documents": answer.n_documents,
+        "n_files": answer.n_files,
+        "skipped": [str(path) for path in answer.skipped],
+        "n_empty": answer.n_empty,
+        "n_blank": answer.n_blank,
+    }
 
 
 NOTHING = Asked()  # a paste, and no key
