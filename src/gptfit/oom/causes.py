@@ -231,6 +231,8 @@ def _by_phase(facts: OomFacts, tensor: tensors.Tensor | None) -> str:
             f"{TOO_LARGE}: {format_bytes(held)} of the card are PyTorch's already, and more is to come; or an earlier "
             "model is still held (a notebook's cell that ran before)"
         )
+    if phase == "checkpoint" and total and held >= MOSTLY * total:
+        return "a checkpoint, or a copy of its state, came onto the card beside the run's own parameters and state"
     if phase in ("model_load", "checkpoint"):
         return "the card was full before training began: something else holds it, or a checkpoint was loaded onto it"
     if name == "attention scores":

@@ -34,7 +34,7 @@ _KILLED_LINE = lazy(
     r"|srun: error: \S{1,60} task \S{1,20} )?"
     r"(?:Killed|killed)(?:\s|$|:)"
 )
-_MENTION = lazy(r"outofmemory|显存不足|爆显存|メモリ不足")
+_MENTION = lazy(r"outofmemory|显存不足|爆显存|メモリ不足|gpu\d{0,2}上?.{0,6}内存不足")
 # These lines come from a failed check in a kernel; later calls of libraries then fail, whatever their message says.
 _ASSERTED = lazy(r"assertion.{0,160}failed|device-sideassert")
 

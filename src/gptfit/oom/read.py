@@ -25,7 +25,7 @@ from gptfit.oom.hints import (
 from gptfit.oom.kinds import Kind, is_error, kind_of
 from gptfit.oom.phases import from_frames, phase_of, phase_of_text
 from gptfit.oom.runkeys import run_keys
-from gptfit.oom.signs import cards_in, collects, gathers, kept_by, offloads, steps_before
+from gptfit.oom.signs import cards_in, collects, gathers, has_ranks, kept_by, offloads, steps_before
 from gptfit.oom.stream import Stream, logical_lines, squashed, stream_of
 
 __all__ = ["Frame", "OomFacts", "ShapeHint", "printable", "read_paste"]
@@ -69,7 +69,8 @@ class OomFacts:
     step, `collected` says that an evaluation failed as it collected its batches' logits,
     `gathered` that FSDP put whole parameters together for a checkpoint, `offload` that DeepSpeed was
     told to keep things in the computer's memory. `near` are the lines before a message that has no frames,
-    `named_bytes` what each process named by its id holds, this one too where it is named so.
+    `named_bytes` what each process named by its id holds, this one too where it is named so; `ranked` says that several
+    processes train together.
     """
 
     kind: str
@@ -110,6 +111,7 @@ class OomFacts:
     offload: bool = False
     near: tuple[str, ...] = ()
     named_bytes: tuple[int, ...] = ()
+    ranked: bool = False
     notes: tuple[str, ...] = ()
 
 
@@ -178,6 +180,7 @@ def read_paste(text: str) -> OomFacts:
         kept=printable(kept_by(frames)),
         collected=collects(frames),
         gathered=gathers(frames, text),
+        ranked=has_ranks(text),
         near=() if frames else _near(texts, stream, message),
         offload=kind.kind == "host_killed" and offloads(text),
         notes=tuple(notes),

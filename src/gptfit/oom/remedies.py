@@ -169,7 +169,7 @@ def _signs(facts: OomFacts) -> Iterator[Remedy]:
         look = LOOK.get(facts.kind, "nvidia-smi")
         yield Remedy(f"{look}, then end what is not needed", "more is in use than PyTorch holds here", cures=FOREIGN)
     elif spare_bytes(facts) and not (facts.other_processes_bytes or 0):
-        for change, why in NOT_FULL_REMEDIES.get(facts.kind, RANKS):
+        for change, why in NOT_FULL_REMEDIES.get(facts.kind, RANKS if facts.ranked else RANKS[:1]):
             yield Remedy(change, why, cures=NOT_FULL)
     if facts.kept:
         yield Remedy(*KEPT_REMEDIES["retain_graph" in facts.kept], cures=KEPT)

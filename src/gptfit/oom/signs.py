@@ -39,6 +39,11 @@ _GATHERED = lazy(
     r"fsdp[/\\]_(?:state_dict_utils|unshard_param_utils|optim_utils)|_full_pre_state_dict_hook|summon_full_params"
     r"|_unshard_fsdp_state_params|\.full_tensor\(\)|full_optim_state_dict"
 )
+_RANKS = lazy(
+    r"torchrun|nproc_per_node|torch[./]distributed|\[?rank ?\d{1,4}\]?:|LOCAL_RANK|DistributedDataParallel|FullySharded"
+    r"|deepspeed|accelerate launch|mpirun|DDP\(",
+    re.I,
+)
 _OFFLOAD = lazy(r"offload_(?:optimizer|param|opt)|ZeRoOffload|zero\d?_offload|DeepSpeedCPUAdam|cpu_offload")
 
 
@@ -74,6 +79,11 @@ def gathers(frames: Sequence[Frame], text: str) -> bool:
     """Whether FSDP puts whole parameters together for a full state dict."""
     named = any(_GATHERED.search(f"{frame.file} {frame.function} {frame.code}") for frame in frames)
     return named or "Failed to clone() tensor with name" in text
+
+
+def has_ranks(text: str) -> bool:
+    """Whether several processes train together."""
+    return _RANKS.search(text[-200_000:]) is not None
 
 
 def offloads(text: str) -> bool:

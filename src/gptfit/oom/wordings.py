@@ -58,7 +58,7 @@ RULES: tuple[Rule, ...] = (
         "JAX",
         r"resource_?exhausted:(?:outofmemory|failedtoallocate)|xlaruntimeerror:resource_exhausted",
     ),
-    _rule(ALLOCATOR, "cuda_driver", "PaddlePaddle", r"outofmemoryerroron(?:gpu|npu|xpu)"),
+    _rule(ALLOCATOR, "cuda_driver", "PaddlePaddle", r"outofmemoryerroron(?:gpu|npu|xpu)|enforceallocating<=available"),
     _rule(
         ALLOCATOR,
         "cuda_driver",
