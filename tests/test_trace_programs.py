@@ -1,5 +1,6 @@
 """Steps as people write them: what a trace has to know of values, devices and optimizers to follow them."""
 
+from collections import namedtuple
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,71 @@ def experts(dtype=torch.float32):
     x, ends = torch.ones(256, 64, dtype=dtype), torch.tensor([64, 128, 192, 256], dtype=torch.int32)
     return (lambda: F.grouped_mm(x @ model[1], model[0], offs=ends).exp().sum()), model
 
+def truncated():
+    model = net()
+    nn.init.trunc_normal_(model.weight, std=0.02)
+    return (lambda: model(torch.ones(256, 64)).sum()), model
+
+class Cached(nn.Module):
+    # A plain tensor, and one that the first forward makes, as rotary embeddings have them.
+    def __init__(self):
+        super().__init__()
+        self.inner, self.scale, self.cache = net(), torch.ones(64), None
+    def forward(self, x):
+        if self.cache is None:
+            self.cache = torch.outer(torch.arange(256) * 1.0, self.scale).cos()
+        return ((self.inner(x) * self.cache).exp() * self.scale).sum()
+
+def caching():
+    return torch.compile(Cached()), torch.ones(256, 64)
+
+def caching_part():
+    model = torch.compile(Cached())
+    x = torch.ones(256, 64)
+    return (lambda: model(x)), model
+
+def in_place():
+    model = Cached()
+    model.compile()
+    x = torch.ones(256, 64)
+    return (lambda: model(x)), model
+
+def plain():
+    model, x = Cached(), torch.ones(256, 64)
+    return (lambda: model(x)), model
+
+class Outputs(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.inner, self.kind = net(), kind
+    def forward(self, x):
+        return self.kind(logits=None, loss=self.inner(x).exp().sum())
+
+def outputs(kind):
+    model = torch.compile(Outputs(kind))
+    x = torch.ones(256, 64)
+    def step():
+        out = model(x)
+        loss = out["loss"] if isinstance(out, dict) else out[1]
+        assert len(out) == 2 and type(out) is type(kind(0, 0) if kind is not dict else {})
+        return loss
+    return step, model
+
+def keywords():
+    model = net()
+    @torch.compile
+    def scaled(x, *, by):
+        return x * by
+    def step():
+        with torch.no_grad():
+            x = scaled(torch.ones(256, 64), by=2)
+        return model(x).sum()
+    return step, model
+
+def sparse():
+    table = nn.Embedding(64, 64, sparse=True)
+    return (lambda: table(torch.ones(8, dtype=torch.int64)).sum()), table
+
 def processes():
     return torch.distributed.get_rank()
 """
@@ -160,7 +226,7 @@ def rows(report: TraceReport, category: str) -> int:
     return dict(report.breakdown()).get(category, 0)
 
 
-@pytest.mark.parametrize("name", ["rates", "selected", "nested", "on_meta", "summed", "told"])
+@pytest.mark.parametrize("name", ["rates", "selected", "nested", "on_meta", "summed", "told", "truncated"])
 def test_a_step_is_followed(spec: str, name: str) -> None:
     report = trace_file(f"{spec}:{name}")  # what the code asserts of its values has held
     assert report.n_params == 64 * 64 and rows(report, "parameter") == WEIGHT
@@ -200,6 +266,7 @@ def test_code_that_asks_for_a_gpu_hears_that_there_is_one(spec: str) -> None:
     ("name", "words"),
     [
         ("left_on_meta", "weight of Linear is on the meta device"),
+        ("sparse", "a sparse tensor has as many entries as its values say"),
         ("frozen", "no parameter of Linear requires a gradient"),
         ("processes", "own.py line [0-9]+: cannot trace this step: the code sets up several processes"),
     ],
@@ -232,3 +299,23 @@ def test_experts_in_full_precision_take_twice_what_they_take_in_half(spec: str) 
     single, half = (trace_file(f"{spec}:experts", dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
     assert single.saved_for_backward_bytes - 512 == 2 * (half.saved_for_backward_bytes - 512)  # and the ends, int32
     assert single.saved_for_backward_bytes == 4 * 256 * (64 + 64 + 128) + 512
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:.*script_method:DeprecationWarning")
+@pytest.mark.parametrize("name", ["caching", "caching_part", "in_place"])
+def test_a_compiled_module_that_caches(spec: str, name: str) -> None:
+    report = trace_file(f"{spec}:{name}")
+    # What exp or its argument is, and the input; the cache is a buffer, as it is uncompiled a tensor that stays.
+    assert report.saved_for_backward_bytes in (X, 2 * X)
+    assert report.live_bytes <= trace_file(f"{spec}:plain").live_bytes
+    assert rows(report, "buffer") >= X
+
+
+def test_a_compiled_function_with_keywords_runs_as_it_is(spec: str) -> None:
+    assert "scaled is compiled, and is traced as it runs without that" in trace_file(f"{spec}:keywords").notes
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:.*script_method:DeprecationWarning")
+@pytest.mark.parametrize("kind", [dict, namedtuple("Out", ["logits", "loss"]), lambda logits, loss: (logits, loss)])
+def test_a_compiled_module_returns_what_it_returns_uncompiled(spec: str, kind: Any) -> None:
+    assert trace_file(f"{spec}:outputs", kind=kind).saved_for_backward_bytes == 2 * X  # exp's, and x

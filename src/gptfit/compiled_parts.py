@@ -2,8 +2,8 @@
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import wraps
+from contextlib import contextmanager, suppress
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from gptfit.cuda_kernels import KERNELS
 from gptfit.errors import GptfitError
 from gptfit.inductor_plan import plan_function, plan_module
-from gptfit.recorder import Recorder
+from gptfit.recorder import Recorder, tensors_in
 
 
 @contextmanager
-def planned_parts(recorder: Recorder) -> Iterator[list[nn.Module]]:
+def planned_parts(recorder: Recorder, notes: list[str]) -> Iterator[list[nn.Module]]:
     """`torch.compile` marks modules, which are listed and run as they are until `plan_part` is called, and gives
-    functions that run without gradients, by inductor's plan. One with gradients runs as it is."""
+    functions that run without gradients, by inductor's plan. One with gradients runs as it is, and so does one that
+    inductor makes no plan of here, which `notes` tell."""
     marked: list[nn.Module] = []
     original: Any = torch.compile
 
@@ -30,14 +31,7 @@ def planned_parts(recorder: Recorder) -> Iterator[list[nn.Module]]:
             compiled: Any = original(model, **settings)
             marked.append(compiled)
             return compiled
-        planned = plan_function(model, recorder)
-
-        @wraps(model)
-        def call(*args: Any) -> Any:
-            trains = torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
-            return model(*args) if trains else planned(*args)
-
-        return call
+        return compiled_function(model, recorder, notes)
 
     def compile_in_place(self: nn.Module, **settings: Any) -> None:
         """`module.compile()`: whoever calls the module runs what is compiled, which runs the module as it is."""
@@ -66,6 +60,45 @@ def planned_parts(recorder: Recorder) -> Iterator[list[nn.Module]]:
         torch.compile, kind.compile = original, in_place
 
 
+def compiled_function(function: Callable[..., Any], recorder: Recorder, notes: list[str]) -> Callable[..., Any]:
+    planned = plan_function(function, recorder)
+    name = getattr(function, "__name__", type(function).__name__)
+    is_plain = False
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        nonlocal is_plain
+        given = list(tensors_in([args, kwargs]))
+        if is_plain or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)):
+            return function(*args, **kwargs)
+        try:
+            bound = inspect.signature(function).bind(*args, **kwargs)
+            if bound.kwargs or len(given) != sum(isinstance(arg, Tensor) for arg in bound.args):
+                raise TypeError("a plan is of positional arguments, and of tensors among them")
+            return planned(*bound.args)
+        except GptfitError:
+            raise
+        except Exception:  # whatever inductor finds: the function itself is still there
+            is_plain = True
+            notes.append(f"{name} is compiled, and is traced as it runs without that")
+            return function(*args, **kwargs)
+
+    return call
+
+
+def settle(model: nn.Module, recorder: Recorder, run: Callable[[], Any]) -> None:
+    """Runs `model` once, unrecorded, so that what it caches is there, and makes buffers of tensors that are plain
+    attributes: torch.compile takes both for inputs, while a traced graph would hold them as constants."""
+    with recorder.paused(), torch.no_grad(), suppress(Exception):  # what is wrong with it, the step itself will say
+        run()
+    for path, module in model.named_modules():
+        for name, value in list(vars(module).items()):
+            if isinstance(value, Tensor):
+                delattr(module, name)
+                module.register_buffer(name, value, persistent=False)
+                recorder.label(value, f"{path}.{name}" if path else name, "buffer")
+
+
 def plan_part(compiled: nn.Module, recorder: Recorder) -> None:
     """Lets a module that torch.compile made run by inductor's plan, one for each kind of call."""
     model: Any = compiled._orig_mod
@@ -79,6 +112,7 @@ def plan_part(compiled: nn.Module, recorder: Recorder) -> None:
             for name, value in named.items()
         )
         if key not in ready:
+            settle(model, recorder, partial(model, *args, **kwargs))
             ready[key] = InOrder(model, named)
             plan_module(ready[key], recorder)
         ready[key].named = named
@@ -88,7 +122,7 @@ def plan_part(compiled: nn.Module, recorder: Recorder) -> None:
         if recorder.phase == "optimizer":  # what is inside calls no hooks
             recorder.begin_forward(())
         with norms_in_parts():
-            return ready[key](*tensors)
+            return ready[key].as_returned(ready[key](*tensors))
 
     compiled.forward = call
 
@@ -104,6 +138,8 @@ class InOrder(nn.Module):
         self.model = model
         self.named: dict[Any, Any] = named_parts(batch)
         self.by_name = isinstance(batch, Mapping)
+        self.form: Callable[[list[Any]], Any] = tuple
+        self.is_tensor: list[bool] = []
         self.names = [name for name, value in self.named.items() if isinstance(value, Tensor)]
 
     @property
@@ -117,6 +153,8 @@ class InOrder(nn.Module):
         if isinstance(output, Tensor):
             return output
         values = tuple(output.values() if isinstance(output, Mapping) else output)
+        self.form = form_of(output)
+        self.is_tensor = [isinstance(value, Tensor) for value in values]
         for value in values:
             if not isinstance(value, Tensor | None):
                 raise GptfitError(
@@ -125,6 +163,22 @@ class InOrder(nn.Module):
                     "take it out of the output (Hugging Face's models: config.use_cache = False)",
                 )
         return tuple(value for value in values if isinstance(value, Tensor))
+
+    def as_returned(self, output: Any) -> Any:
+        """What the plan gives as the module's own forward gives it: by name, and with nothing where it has nothing."""
+        if isinstance(output, Tensor):
+            return output
+        tensors = iter(output)
+        return self.form([next(tensors) if there else None for there in self.is_tensor])
+
+
+def form_of(output: Any) -> Callable[[list[Any]], Any]:
+    """Makes another one like `output` of values in its order; it holds no tensor."""
+    kind = type(output)
+    if isinstance(output, Mapping):
+        names = tuple(output)
+        return lambda values: kind(**dict(zip(names, values, strict=True)))
+    return (lambda values: kind(*values)) if hasattr(kind, "_fields") else kind
 
 
 @contextmanager

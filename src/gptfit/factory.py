@@ -54,6 +54,21 @@ REFUSALS = (
         "leave torch.distributed out of the factory: the module without DistributedDataParallel or FSDP around it",
     ),
     (
+        r"CUDA_HOME|\bnvcc\b|\bninja\b|Error building extension",
+        "it builds a kernel of its own, which needs CUDA's compiler",
+        "build it where a GPU is, and let the factory take a form in plain torch",
+    ),
+    (
+        r"FlexAttention",
+        "flex_attention runs as a kernel that is compiled for a GPU",
+        "let the factory take scaled_dot_product_attention, which keeps as much",
+    ),
+    (
+        r"SparseTensorImpl|sparse tensor",
+        "a sparse tensor has as many entries as its values say, and a trace has none",
+        "let the factory take dense gradients (sparse=False), which need more",
+    ),
+    (
         r"not compiled with CUDA|no NVIDIA driver|No CUDA GPUs",
         "the code asks CUDA itself, and a trace runs without it",
         'leave torch.cuda out of the factory; tensors and modules may be put on "cuda"',

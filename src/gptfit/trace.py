@@ -132,8 +132,8 @@ def explained() -> Iterator[None]:
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise GptfitError(
             f"cannot trace {error.func}: its result depends on the values of tensors, and a trace has none",
-            "write the step so that shapes and branches do not depend on tensor values; where tokens are routed to "
-            "experts, give each the same number of them",
+            "write the step so that shapes and branches do not depend on tensor values"
+            + ("; where tokens are routed, let each expert take as many" if "nonzero" in str(error.func) else ""),
         ) from error
     except UnsupportedOperatorException as error:
         raise GptfitError(

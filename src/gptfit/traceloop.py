@@ -4,9 +4,7 @@ A module with a batch gets the loop that people write; a callable is called, and
 for it: backward where it returns a loss, the optimizer's step where it takes none itself.
 """
 
-import logging
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -17,13 +15,14 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.overrides import TorchFunctionMode
 
-from gptfit.compiled_parts import InOrder, named_parts, norms_in_parts, plan_part, planned_parts
+from gptfit.compiled_parts import InOrder, named_parts, norms_in_parts, plan_part, planned_parts, settle
 from gptfit.config import RunConfig
 from gptfit.errors import GptfitError
 from gptfit.factory import Made, modules_of
 from gptfit.inductor_plan import plan_module
 from gptfit.optim import build_optimizer
 from gptfit.recorder import Recorder, tensors_in
+from gptfit.surroundings import autocast_on_cpu, movable_modules, no_draws, quiet, taken_for_real
 from gptfit.trace import MAX_MICRO_STEPS, FakeScaler, Job, autocast_of, find_loss
 
 # Names under which a batch holds its targets, as Hugging Face and others have it.
@@ -58,7 +57,7 @@ class Loop:
     def job(self, recorder: Recorder) -> Job:
         """Calls the factory, and says what the tracer is to run."""
         self.recorder = recorder
-        with planned_parts(recorder) as compiled:
+        with planned_parts(recorder, self.notes) as compiled:
             self.made = made = self.make()
         if "torch._dynamo" in sys.modules:  # else nothing is compiled, and importing it takes a second
             self.stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -66,7 +65,8 @@ class Loop:
         for part in compiled:
             if made.batch is None or part is not made.model:
                 plan_part(part, recorder)
-                self.notes = ["the modules that the callable compiles run by inductor's plan"]
+                planned = "the modules that the callable compiles run by inductor's plan"
+                self.notes += [planned] if planned not in self.notes else []
         inner = getattr(made.model, "_orig_mod", None)  # torch.compile's wrapper
         if isinstance(inner, nn.Module):
             made.model, self.is_compiled = inner, made.batch is not None
@@ -104,6 +104,8 @@ class Loop:
                 "compile=True is for a module with a batch, not for a callable", "return (module, batch) instead"
             )
         self.stack.enter_context(norms_in_parts())
+        with self.autocast:
+            settle(model, self.recorder, self.call)
         in_order = InOrder(model, batch)
         plan_module(in_order, self.recorder)
         self.call = lambda: in_order(*in_order.tensors)
@@ -216,7 +218,7 @@ class Loop:
         ]
         autograd._engine_run_backward = backward
         try:
-            with self.stack, self.on_cpu, movable_modules(), autocast_on_cpu(), quiet():
+            with self.stack, self.on_cpu, movable_modules(), autocast_on_cpu(), no_draws(), quiet():
                 yield
         finally:
             autograd._engine_run_backward = engine
@@ -261,86 +263,6 @@ def here(value: Any) -> Any:
     if isinstance(value, str):
         return "cpu" if value == "cuda" or value.startswith("cuda:") else value
     return torch.device("cpu") if isinstance(value, torch.device) and value.type == "cuda" else value
-
-
-@contextmanager
-def movable_modules() -> Iterator[None]:
-    """`module.to(…)` on fake tensors as on real ones: each parameter stays the object it is and gets new data, while
-    torch would swap the objects, which fails for tensors that something refers to weakly."""
-
-    def apply(self: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        for child in self.children() if recurse else ():
-            child._apply(function)
-        for key, parameter in self._parameters.items():
-            if parameter is None:
-                continue
-            with torch.no_grad():
-                moved = function(parameter)
-            if moved.device != parameter.device:  # from the meta device
-                self._parameters[key] = nn.Parameter(moved, parameter.requires_grad)
-            elif moved is not parameter:
-                parameter.data = moved
-        for key, buffer in self._buffers.items():
-            self._buffers[key] = function(buffer) if buffer is not None else None
-        return self
-
-    kind: Any = nn.Module
-    original = kind._apply
-    kind._apply = apply
-    try:
-        yield
-    finally:
-        kind._apply = original
-
-
-@contextmanager
-def taken_for_real(recorder: Recorder) -> Iterator[None]:
-    """Hugging Face's models build masks that a real step does without where they see a fake tensor (is_tracing in
-    transformers/utils/import_utils.py). One whose value is known does not count as such."""
-    utils: Any = sys.modules.get("transformers.utils.import_utils")
-    original = getattr(utils, "is_fake_tensor", None)
-    if original is not None:
-        utils.is_fake_tensor = lambda x: original(x) and recorder.values.of(x) is None
-    try:
-        yield
-    finally:
-        if original is not None:
-            utils.is_fake_tensor = original
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without the traceback that torch logs where an op refuses its arguments, which is raised, too, and without its
-    warnings that compiled modules do not call the tracer's hooks and that a fake tensor has no memory."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Using `torch.compile", UserWarning)
-            warnings.filterwarnings("ignore", "torch.cuda.amp.GradScaler is enabled, but", UserWarning)
-            warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor", UserWarning)  # deepcopy does
-            yield
-    finally:
-        logger.setLevel(level)
-
-
-@contextmanager
-def autocast_on_cpu() -> Iterator[None]:
-    """`torch.autocast("cuda")` is the CPU's, from which the tracer makes CUDA's."""
-    kind: Any = torch.autocast
-    original = kind.__init__
-
-    def begin(self: Any, device_type: str, dtype: Any = None, *args: Any, **kwargs: Any) -> None:
-        if device_type.startswith("cuda"):
-            device_type, dtype = "cpu", dtype or torch.float16  # CUDA's default
-        original(self, device_type, dtype, *args, **kwargs)
-
-    kind.__init__ = begin
-    try:
-        yield
-    finally:
-        kind.__init__ = original
 
 
 def as_on_cuda(optimizer: Any) -> None:
