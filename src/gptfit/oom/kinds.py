@@ -65,7 +65,8 @@ def kind_of(lines: Sequence[str], stream: Stream) -> Kind:
 def _best(text: str) -> tuple[Rule, int] | None:
     """The wording of the highest rank, with its place; of one rank the first in the text."""
     for _, rules in itertools.groupby(sorted(RULES, key=lambda rule: rule.rank), key=lambda rule: rule.rank):
-        hits = [(rule, match.start()) for rule in rules if (match := rule.pattern.search(text)) is not None]
+        tried = [rule for rule in rules if not rule.words or any(word in text for word in rule.words)]
+        hits = [(rule, match.start()) for rule in tried if (match := rule.pattern.search(text)) is not None]
         if hits:
             return min(hits, key=lambda hit: hit[1])
     return None

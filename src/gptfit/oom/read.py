@@ -70,7 +70,7 @@ class OomFacts:
     `gathered` that FSDP put whole parameters together for a checkpoint, `offload` that DeepSpeed was
     told to keep things in the computer's memory. `near` are the lines before a message that has no frames,
     `named_bytes` what each process named by its id holds, this one too where it is named so; `ranked` says that several
-    processes train together.
+    processes train together, where more was free than was asked for.
     """
 
     kind: str
@@ -180,7 +180,7 @@ def read_paste(text: str) -> OomFacts:
         kept=printable(kept_by(frames)),
         collected=collects(frames),
         gathered=gathers(frames, text),
-        ranked=has_ranks(text),
+        ranked=figures.get("free_bytes", 0) > figures.get("tried_bytes", 0) and has_ranks(text),
         near=() if frames else _near(texts, stream, message),
         offload=kind.kind == "host_killed" and offloads(text),
         notes=tuple(notes),

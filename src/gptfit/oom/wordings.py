@@ -21,10 +21,11 @@ class Rule:
     wording: str
     pattern: re.Pattern[str]
     explanation: str = ""
+    words: tuple[str, ...] = ()  # one of them is in every text that the pattern finds: it is not tried without
 
 
-def _rule(rank: int, kind: str, wording: str, pattern: str, explanation: str = "") -> Rule:
-    return Rule(rank, kind, wording, lazy(pattern), explanation)
+def _rule(rank: int, kind: str, wording: str, pattern: str, explanation: str = "", words: tuple[str, ...] = ()) -> Rule:
+    return Rule(rank, kind, wording, lazy(pattern), explanation, words)
 
 
 _SIZE = r"[\d.,]{1,20}(?:[kmgt]i?b|bytes)"
@@ -42,45 +43,77 @@ RULES: tuple[Rule, ...] = (
         "cuda_driver",
         "TPU",
         r"atthebottomofmemory|device=tpu:\d{1,4}:resource_exhausted|inmemoryspacehbm|tpu_execute_op.{0,60}resource_exhausted",
+        words=("bottomofmemory", "resource_exhausted", "memoryspacehbm"),
     ),
-    _rule(ALLOCATOR, "host_ram", "TensorFlow", r"oomwhenallocatingtensor[^|]{0,200}?byallocator(?:cpu|mklcpu)"),
-    _rule(ALLOCATOR, "hip", "TensorFlow", r"rocm_driver.{0,60}failedtoalloc(?:ate)?\d|fromdevice:hip"),
+    _rule(
+        ALLOCATOR,
+        "host_ram",
+        "TensorFlow",
+        r"oomwhenallocatingtensor[^|]{0,200}?byallocator(?:cpu|mklcpu)",
+        words=("oomwhenallocating",),
+    ),
+    _rule(
+        ALLOCATOR,
+        "hip",
+        "TensorFlow",
+        r"rocm_driver.{0,60}failedtoalloc(?:ate)?\d|fromdevice:hip",
+        words=("rocm_driver", "fromdevice:hip"),
+    ),
     _rule(
         ALLOCATOR,
         "cuda_driver",
         "TensorFlow",
         r"oomwhenallocatingtensor|dsttensorisnotinitialized|allocator\(gpu_\d{1,2}_bfc\)ranoutofmemory|cuda_driver\.cc:\d{1,5}\]?failedtoallocate"
         r"|tensorflow.{0,80}resourceexhaustederror|failedtoallocate[\d.]{1,12}[kmg]\(\d{1,20}bytes\)fromdevice",
+        words=("oomwhenallocating", "dsttensor", "_bfc)", "cuda_driver.cc", "tensorflow", "fromdevice"),
     ),
     _rule(
         ALLOCATOR,
         "cuda_driver",
         "JAX",
         r"resource_?exhausted:(?:outofmemory|failedtoallocate)|xlaruntimeerror:resource_exhausted",
+        words=("resource_exhausted", "resourceexhausted"),
     ),
-    _rule(ALLOCATOR, "cuda_driver", "PaddlePaddle", r"outofmemoryerroron(?:gpu|npu|xpu)|enforceallocating<=available"),
+    _rule(
+        ALLOCATOR,
+        "cuda_driver",
+        "PaddlePaddle",
+        r"outofmemoryerroron(?:gpu|npu|xpu)|enforceallocating<=available",
+        words=("memoryerroron", "enforceallocating"),
+    ),
     _rule(
         ALLOCATOR,
         "cuda_driver",
         "llama.cpp",
         rf"{_GGML}.{{0,120}}?(?:cudamallocfailed|outofmemory|unabletoallocate\w{{1,12}}buffer)|outofmemory.{{0,200}}?ggml-?cuda",
+        words=("ggml", "llama"),
     ),
-    _rule(ALLOCATOR, "cuda_driver", "CuPy", r"cupy.{0,40}outofmemoryerror"),
+    _rule(ALLOCATOR, "cuda_driver", "CuPy", r"cupy.{0,40}outofmemoryerror", words=("cupy",)),
     _rule(
         ALLOCATOR,
         "cuda_driver",
         "ONNX Runtime",
         r"onnxruntime.{0,300}?(?:bfc_?arena|failedtoallocatememory)|availablememoryof\d{1,20}issmallerthanrequestedbytes",
+        words=("onnxruntime", "smallerthanrequestedbytes"),
     ),
     _rule(
         ALLOCATOR,
         "cuda_driver",
         "TensorRT",
         r"\[trt\].{0,120}outofmemory|requestedamountofgpumemory\(\d{1,20}bytes\)could",
+        words=("[trt]", "requestedamountofgpumemory"),
     ),
-    _rule(ALLOCATOR, "host_ram", "a Java program's heap", r"java\.lang\.outofmemoryerror|javaheapspace"),
-    _rule(ALLOCATOR, "host_ram", "Node.js's heap", r"javascriptheapoutofmemory|reachedheaplimit"),
-    _rule(ALLOCATOR, "mps", "MLX", r"metal::malloc|\[metal\]commandbuffer"),
+    _rule(
+        ALLOCATOR, "host_ram", "a Java program's heap", r"java\.lang\.outofmemoryerror|javaheapspace", words=("java",)
+    ),
+    _rule(
+        ALLOCATOR,
+        "host_ram",
+        "Node.js's heap",
+        r"javascriptheapoutofmemory|reachedheaplimit",
+        words=("javascriptheap", "reachedheaplimit"),
+    ),
+    _rule(ALLOCATOR, "mps", "MLX", r"metal::malloc|\[metal\]commandbuffer", words=("metal",)),
     _rule(ALLOCATOR, "mps", "MPS backend out of memory", r"mpsbackendoutofmemory"),
     _rule(
         ALLOCATOR, "mps", "Invalid buffer size", rf"invalidbuffersize:{_SIZE}|kiogpucommandbuffercallbackerroroutofmem"
