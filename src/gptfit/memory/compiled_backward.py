@@ -180,14 +180,12 @@ class Compiled(CompiledForward):
         self.late = self.is_late()
         w.mark("blocks", "backward")
         if self.checkpoints:
-            rounds = Rounds(self, dx)
+            rounds = Rounds(self, dx, tied_here)
             rounds.write()
             self.head_kept.clear()
-            part = self.embedding_backward(tied_here)
-            rounds.write_end()
             self.embedding_kept.clear()
             self.inputs.clear()
-            part.clear()
+            rounds.part.clear()
             return
         reused = [dx, w.empty("stream gradient", "temporary", self.shape(c), run.param_dtype)]
         self.gradients("ln_f")

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from gptfit.config import RunConfig
 from gptfit.memory.autograd import Shape, Tensor, Writer
+from gptfit.memory.compiled_chains import banned
 from gptfit.memory.programs import Program
 from gptfit.memory.tape import Event
 
@@ -274,15 +275,12 @@ class CompiledForward(Program):
         stream.clear()
         if not w.grad_enabled:
             self.embedding_kept.clear()
-        return final[-1:] if self.last_is_recomputed or not w.grad_enabled else final
+        made_again = self.last_is_recomputed and not self.is_kept("end/ln_f")
+        return final[-1:] if made_again or not w.grad_enabled else final
 
-    @property
-    def second_is_kept(self) -> bool:
-        """Whether the second block's normalised input is kept though the first is run again: where a hundred nodes and
-        more lie before it (torch/_functorch/partitioners.py, ban_if_long_fusible_chains), as observed."""
-        run = self.run
-        long = run.qk_norm or run.position == "rope" or run.attention == "math"
-        return run.dropout > 0 and long and not self.low_stream
+    def is_kept(self, norm: str) -> bool:
+        """Whether what a norm made of its input is kept though the block before it is run again."""
+        return not {f"{norm} centred", f"{norm} normalised"}.isdisjoint(banned(self.run))  # pyright: ignore[reportArgumentType]  frozen models have a hash
 
     def stretch_forward(self, stretch: Stretch, room: list[Tensor]) -> None:
         w, run = self.w, self.run
@@ -295,7 +293,7 @@ class CompiledForward(Program):
                     room.clear()
             else:
                 kept = self.block_forward(first=not self.checkpoints and stretch.start == 0 and stretch.n == 1)
-            if self.checkpoints and position == 1 and not (stretch.start == 0 and self.second_is_kept):
+            if self.checkpoints and position == 1 and not self.is_kept(f"{stretch.start + 1}/ln_1"):
                 del kept[0]  # the block before is run again, and with it this one's input is there
             stretch.kept.append(kept)
             del kept

@@ -25,7 +25,10 @@ class Graph:
         for index, names in enumerate(self.reads):
             for name in names:
                 self.readers[name].append(index)
-        self.size = [sum(slots[name].n_bytes for name in kernel.writes) for kernel in kernels]
+        self.size = [
+            sum(slots[name].n_bytes for name in kernel.writes) if kernel.alloc < 0 else kernel.alloc
+            for kernel in kernels
+        ]
         self.before = [sorted({self.maker[name] for name in names if name in self.maker}) for names in self.reads]
         self.after: list[list[int]] = [[] for _ in kernels]
         for index, makers in enumerate(self.before):

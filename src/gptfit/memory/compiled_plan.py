@@ -39,6 +39,9 @@ class Kernel:
     inside: int = 0
     group: str = ""
     parts: int = 1
+    absent: frozenset[str] = frozenset()  # of what it writes, what is never in memory, though it is counted
+    ahead: tuple[str, ...] = ()  # what its call makes, which later kernels only take out
+    alloc: int = -1  # bytes that it is counted with, where they are not those that it writes
 
 
 class Step(NamedTuple):
@@ -118,6 +121,9 @@ class Plan:
             if slot.whole and name in self.last:
                 self.last[slot.whole] = max(self.last.get(slot.whole, 0), self.last[name])
 
+    def size(self, kernel: Kernel) -> int:
+        return sum(self.slots[name].n_bytes for name in kernel.writes) if kernel.alloc < 0 else kernel.alloc
+
     def live_bytes(self) -> list[int]:
         """Bytes at each kernel, as inductor estimates them: parts and whole are both counted."""
         delta = [0] * (len(self.kernels) + 1)
@@ -128,7 +134,7 @@ class Plan:
             if slot.kind not in (OUTPUT, GIVEN):
                 delta[last + 1] -= slot.n_bytes
         for index, kernel in enumerate(self.kernels):
-            delta[index] += sum(self.slots[name].n_bytes for name in kernel.writes) + kernel.inside
+            delta[index] += self.size(kernel) + kernel.inside
             delta[index + 1] -= kernel.inside
         live, total = [], 0
         for change in delta[:-1]:
@@ -141,8 +147,10 @@ class Plan:
     def run(self, index: int, kernel: Kernel) -> None:
         if kernel.extern:
             self.flush(index - 1)
-        for name in kernel.writes:
-            self.allocate(name, index, kernel)
+        absent = kernel.absent - self.written_over(index, kernel) if kernel.absent else kernel.absent
+        for name in (*kernel.writes, *kernel.ahead):
+            if name not in absent:
+                self.allocate(name, index, kernel)
         self.pending.append(index)
         if kernel.extern:
             self.flush(index)
@@ -153,11 +161,11 @@ class Plan:
             name, slot = slot.whole, self.slots[slot.whole]
         if name in self.storage:
             return
-        for source in kernel.places.get(name, ()):
-            if self.last[source] == index and self.may_overwrite(source, slot):
-                self.storage[name] = self.storage.pop(source, source)
-                self.overwritten.add(source)
-                return
+        source = self.place_of(name, index, kernel)
+        if source is not None:
+            self.storage[name] = self.storage.pop(source, source)
+            self.overwritten.add(source)
+            return
         self.storage[name] = name
         if slot.kind not in (FRESH, LIBRARY) and slot.n_bytes:
             free = self.reusable(slot, index)
@@ -169,6 +177,17 @@ class Plan:
                     return
                 self.steps.append(Step(-1, freed, index))
         self.steps.append(Step(1, name, index))
+
+    def written_over(self, index: int, kernel: Kernel) -> set[str | None]:
+        """What is in memory after all, as what is written over it stays."""
+        return {self.place_of(name, index, kernel) for name in kernel.places if name not in kernel.absent}
+
+    def place_of(self, name: str, index: int, kernel: Kernel) -> str | None:
+        """The first of the inputs that `name` may overwrite which nothing reads any more."""
+        for source in kernel.places.get(name, ()):
+            if self.last[source] == index and self.may_overwrite(source, self.slots[name]):
+                return source
+        return None
 
     def may_overwrite(self, source: str, slot: Slot) -> bool:
         """Also what forward kept, which nobody else has (torch/_functorch/config.py, donated_buffer)."""
@@ -190,20 +209,26 @@ class Plan:
         return free.pop()
 
     def flush(self, now: int) -> None:
-        """Lets go of what the kernels since the last call were the last to read."""
+        """Lets go of what the kernels since the last call were the last to read, by name (free_buffers)."""
+        gone: dict[str, int] = {}
         for index in self.pending:
             kernel = self.kernels[index]
             for name in dict.fromkeys((*kernel.writes, *kernel.reads)):
-                slot = self.slots[name]
-                if slot.whole:
-                    name, slot = slot.whole, self.slots[slot.whole]
-                if self.last[name] != index or slot.kind == OUTPUT or name in self.overwritten:
-                    continue
-                if slot.kind in (SAVED, GIVEN):
-                    self.steps.append(Step(-1, name, index))
-                elif name in self.storage:
-                    storage = self.storage.pop(name)
-                    if slot.kind != FRESH:  # whose alignment is not known
-                        self.pool.setdefault((slot.n_bytes, slot.dtype), []).append((storage, len(self.steps), now))
-                    self.steps.append(Step(-1, storage, index))
+                whole = self.slots[name].whole or name
+                if self.last[whole] == index:
+                    gone.setdefault(whole, index)
+        for name in sorted(gone, key=lambda name: name if name.startswith("buf") else ""):
+            self.let_go(name, gone[name], now)
         self.pending.clear()
+
+    def let_go(self, name: str, index: int, now: int) -> None:
+        slot = self.slots[name]
+        if slot.kind == OUTPUT or name in self.overwritten:
+            return
+        if slot.kind in (SAVED, GIVEN):
+            self.steps.append(Step(-1, name, index))
+        elif name in self.storage:
+            storage = self.storage.pop(name)
+            if slot.kind != FRESH:  # whose alignment is not known
+                self.pool.setdefault((slot.n_bytes, slot.dtype), []).append((storage, len(self.steps), now))
+            self.steps.append(Step(-1, storage, index))
