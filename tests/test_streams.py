@@ -1,5 +1,6 @@
 """How a command ends where no answer comes: an error, Ctrl-C, a reader that goes away, a stream closed or full."""
 
+import os
 import shlex
 import subprocess
 import sys
@@ -34,6 +35,14 @@ def test_ctrl_c_is_quiet(gptfit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gptfit.presets.preset_names", interrupt)
     result = gptfit("models")
     assert (result.code, result.out, result.err) == (130, "", "")
+
+
+def test_ctrl_c_is_quiet_while_it_is_imported(tmp_path: Path) -> None:
+    (tmp_path / "typer.py").write_text("raise KeyboardInterrupt\n")
+    from_there = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    for start in (["-m", "gptfit"], ["-c", "from gptfit.__main__ import main; main()"]):
+        done = subprocess.run([sys.executable, *start, "models"], env=from_there, capture_output=True, timeout=60)
+        assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
 
 
 def test_a_reader_that_goes_away_is_no_error() -> None:
