@@ -135,7 +135,7 @@ class Lean(Again):
         self.at, self.kept_here = place, kept
         x_1, x_2 = self.stream_reads[2 * index : 2 * index + 2]
         masks = {part: [kept[f"{part} mask"]] if run.dropout else [] for part in ("attn", "mlp")}
-        low = self.low_gradient(above, "mlp gradient in low precision", masks["mlp"])
+        low = self.lean_low_gradient(above, "mlp gradient in low precision", masks["mlp"])
         weights = {name.removesuffix(".weight"): full for name, full in kept.items() if name.endswith(".weight")}
         made = [kept[name] for name in ("mlp.c_gate", "mlp.c_fc") if name in kept]
         h = self.rows("mlp.h", run.n_hidden)
@@ -151,13 +151,20 @@ class Lean(Again):
             for module, grad in grads.items()
         ]
         between = self.lean_norm_backward("ln_2", "x between gradient", above, dy, x_2, [kept["ln_2 rstd"]])
-        low = self.low_gradient(between, "attn gradient in low precision", masks["attn"])
+        low = self.lean_low_gradient(between, "attn gradient in low precision", masks["attn"])
         d_qkv = self.lean_attention(kept, weights, low)
         x_1, ln_1 = self.norm_again_of("ln_1", x_1, kept)
         width = c + 2 * run.n_kv_head * run.head_size
         dy = [self.rows("ln_1 gradient", c)]
         self.both_gradients("attn.c_attn", width, c, ln_1, d_qkv, weights.get("attn.c_attn", ""), dy[0])
         return self.lean_norm_backward("ln_1", "x gradient", between, dy, x_1, [kept["ln_1 rstd"]])
+
+    def lean_low_gradient(self, dx: str, name: str, noise: list[str]) -> str:
+        """A masked one is made together with `dx`."""
+        low = self.low_gradient(dx, name, noise)
+        if noise:
+            self.kernels[-1].group = next(kernel.group for kernel in self.kernels if dx in kernel.writes)
+        return low
 
     def norm_again_of(self, name: str, reads: list[str], kept: Names) -> tuple[list[str], str]:
         statistics = [kept[f"{name} {part}"] for part in ("mean", "rstd") if f"{name} {part}" in kept]
@@ -236,9 +243,6 @@ class Lean(Again):
         kept, group = self.kept_here, f"{self.at}softmax"
         softmax = [kept[f"attn.y {part}"] for part in ("scores", "maximum", "sum", "mask") if f"attn.y {part}" in kept]
         p = self.scores("probabilities")
-        # The causal mask is one for all heads: their loops, which those of a sum over rows are not, unless they cannot
-        # be one for all heads either.
-        of_rows = group if run.batch_size * run.n_head == 1 or p in self.unpadded else ""
         self.add([p], softmax, places={p: (softmax[0],)}, group=group)
         if run.n_head > 1:
             by_head = self.rows("attn.y gradient by head", c)
@@ -252,9 +256,14 @@ class Lean(Again):
             weighed = self.scores("probabilities weighed", "float32")
             self.add([weighed], [*softmax, d_p], places={weighed: (softmax[0], d_p)}, group=group)
             through, again = [weighed], softmax[:3]
-        self.add([row], through, group=of_rows)
+        # The causal mask is one for all heads, so that loops with it are over heads and rows. A sum over rows is one
+        # loop over all, unless their strides are padded: it is fused with what has the same.
+        apart = row in self.unpadded
+        alike = not apart and (run.batch_size * run.n_head == 1 or p in self.unpadded)
+        group = group if alike else f"{self.at}rows" if apart else ""
+        self.add([row], through, group=group)
         reads_s = [*again, *through, row]
-        self.add([d_s], reads_s, places={d_s: tuple(reads_s)}, group=of_rows or f"{self.at}masked")
+        self.add([d_s], reads_s, places={d_s: tuple(reads_s)}, group=group or f"{self.at}masked")
         d_k = self.call(self.rows("attn.k gradient", c), d_s, self.operand("q scaled"))
         d_q = self.call(self.rows("attn.q gradient", c), d_s, self.operand("k"))
         return [d_q, d_k, d_v]
@@ -266,7 +275,11 @@ class Lean(Again):
             return kept[f"attn.{part} copy"]
         places = (f"attn.{part[0]} rotated", f"attn.{part[0]} normed", f"attn.c_attn {part[0]}")
         source = next(kept[name] for name in places if name in kept)
-        return self.again(f"attn.{part} copy", [source, kept.get(f"attn.{part[0]} rstd", "")])
+        projected = source.endswith(f"c_attn {part[0]}")
+        scale = kept.get(f"attn.{part[0]} rstd", "") if projected else ""
+        if self.run.n_head == 1 and part in "kv" and not scale:  # there is nothing to put beside each other
+            return source
+        return self.again(f"attn.{part} copy", [source, scale])
 
     def again(self, name: str, reads: list[str]) -> str:
         made = self.rows(name, self.run.n_embd)
