@@ -69,9 +69,11 @@ class Combination:
             low, high = self.bracket(room_bytes)
             if not low < micro_batch < high:
                 break
-            limit = next((limit for one in (self, *self.kin) if (limit := one.near_limit(room_bytes))), 0)
-            limit = min(max(limit, low), high - 1)
-            asked = micro_batch if not (seems and limit) else limit if limit >= micro_batch else limit + 1
+            limits = (one.near_limit(room_bytes) for one in (self, *self.kin))
+            limit, asked = next(filter(None, limits), 0), micro_batch
+            if seems and limit:
+                limit = min(max(limit, low), high - 1)
+                asked = limit if limit >= micro_batch else limit + 1
             try:
                 self.live_bytes(asked)
             except GptfitError:
@@ -79,11 +81,13 @@ class Combination:
         return micro_batch <= self.bracket(room_bytes)[0]
 
     def near_limit(self, room_bytes: int) -> int:
-        """The largest micro-batch that fits, were peaks a line through the nearest known ones, or from nothing on;
-        0 where none is known."""
+        """The largest micro-batch that fits, were peaks a line through the nearest known ones, and nothing taken by no
+        micro-batch; 0 where too few are known."""
         low, high = self.bracket(room_bytes)
-        left, right = (low, high) if high != NEVER else (0, low)
-        if right == 0:
+        left, right = low, high
+        if high == NEVER:
+            left, right = max((m for m in self.peaks if m < low), default=0), low
+        if left == 0 and high == NEVER:
             return 0
         start = self.peaks.get(left, 0)
         return left + (room_bytes - start) * (right - left) // max(1, self.peaks[right] - start)

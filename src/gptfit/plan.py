@@ -326,6 +326,8 @@ class Search:
                 if combination.fits(micro_batch, room_bytes):
                     yield combination, micro_batch
                 continue
+            if not combination.fits(first, room_bytes):
+                continue
             last = min(largest, combination.bracket(room_bytes)[1] - 1)
             if last - first >= MANY:
                 last = combination.largest(first, last, room_bytes)
