@@ -135,6 +135,27 @@ class Evil:
         return (os.system, ("touch gptfit-was-here",))
 
 
+@pytest.mark.parametrize("given", [".", "checkpoint-*"])
+def test_a_run_gives_its_shape(given: str, tmp_path: Path) -> None:
+    from gptfit.door import save_run
+
+    _, model = checkpointed(tmp_path, **LLAMA)
+    trained = make_run({**SMALL, **LLAMA, "dropout": 0.25})
+    save_run(trained, tmp_path / "run.yaml")
+    start = next(tmp_path.glob(given)) if "*" in given else tmp_path
+    source = read_config(None, [f"init_from={start}", "dtype=float32", "learning_rate=0.5"])
+    shape = set(type(trained).__mro__[1].model_fields) - {"dropout"}
+    assert source.run.model_dump(include=shape) == trained.model_dump(include=shape)
+    assert (source.run.dropout, source.run.learning_rate) == (0.0, 0.5)
+    assert f"init_from {start}: its shape" in source.notes
+    again = GPT(source.run)
+    start_weights(again, source.run)
+    assert torch.equal(logits(again.eval()), logits(model))
+    with pytest.raises(GptfitError, match="n_layer=5, but "):
+        five = read_config("tiny", [f"init_from={start}", "n_layer=5"]).run
+        start_weights(GPT(five), five)
+
+
 def test_what_is_no_model_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for content in (Evil(), {"model": {}}, [1]):

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gptfit.config import NANOGPT, RunConfig, check_key, shown
+from gptfit.config import NANOGPT, ModelConfig, RunConfig, check_key, shown
 from gptfit.errors import GptfitError, nearest
-from gptfit.flatfile import read_text
+from gptfit.flatfile import parse_yaml, read_text
 from gptfit.huggingface_file import parse_huggingface
 
 # train.py's own values where a config says nothing (vocab_size: its fallback without a meta.pkl).
@@ -135,10 +135,17 @@ def parse_nanogpt(text: str, name: str, overridden: Collection[str] = ()) -> Nan
     return NanogptFile(values, other, ignored)
 
 
+def run_folder(start: str) -> str:
+    """Where the run.yaml of weights is that gptfit trained: in the run's folder, or beside the checkpoint."""
+    folder, name = os.path.split(os.path.normpath(start))
+    return folder if name.startswith("checkpoint-") and os.path.exists(start) else start
+
+
 def implied(
     other: Mapping[str, Any], values: Mapping[str, Any], program: str, files: bool = True
 ) -> tuple[dict[str, Any], list[str]]:
-    """What `init_from` and a character-level `dataset` imply, for keys absent from `values`, and notes that say so.
+    """What `init_from` (GPT-2, a Hugging Face folder, a run of gptfit) and a character-level `dataset` imply, for keys
+    absent from `values`, and notes that say so.
 
     The data set's vocabulary is implied in nanoGPT alone: elsewhere the tokenizer says what it is.
 
@@ -158,6 +165,11 @@ def implied(
         )
     if files and isinstance(start, str) and os.path.isfile(file := os.path.join(start, "config.json")):
         shape = parse_huggingface(read_text(Path(file)), file).values
+        notes.append(f"init_from {start}: its shape")
+        return {key: value for key, value in shape.items() if key not in values}, notes
+    if files and isinstance(start, str) and os.path.isfile(file := os.path.join(run_folder(start), "run.yaml")):
+        known = parse_yaml(read_text(Path(file)), file)
+        shape = {key: known[key].value for key in ModelConfig.model_fields if key in known and key != "dropout"}
         notes.append(f"init_from {start}: its shape")
         return {key: value for key, value in shape.items() if key not in values}, notes
     if isinstance(start, str) and start.startswith("gpt2") and not (files and os.path.exists(start)):

@@ -46,7 +46,7 @@ def parse_override(text: str) -> tuple[str, Any]:
     if not equals or not key:
         raise GptfitError(f'cannot read the override "{shown(text)}": expected KEY=VALUE', "for example batch_size=8")
     if not value:
-        raise GptfitError(f'the override "{shown(text)}" has no value', f"for example {shown(key)}=8")
+        raise GptfitError(f'the override "{shown(text)}" has no value', f"write it as {shown(key)}=VALUE")
     if len(value) > 1 and value[0] == value[-1] and value[0] in "\"'":
         return key, value[1:-1]
     return key, parse_scalar(key, value)
