@@ -208,6 +208,14 @@ def sparse():
     table = nn.Embedding(64, 64, sparse=True)
     return (lambda: table(torch.ones(8, dtype=torch.int64)).sum()), table
 
+def attends(half=False, padded=False):
+    model, x = nn.MultiheadAttention(64, 4, dropout=0.1, batch_first=True), torch.ones(2, 128, 64)
+    padding = torch.zeros(2, 128, dtype=torch.bool) if padded else None
+    def step():
+        with torch.autocast("cuda", torch.bfloat16, enabled=half):
+            return model(x, x, x, need_weights=False, key_padding_mask=padding)[0].sum()
+    return step, model
+
 def processes():
     return torch.distributed.get_rank()
 """
@@ -319,3 +327,13 @@ def test_a_compiled_function_with_keywords_runs_as_it_is(spec: str) -> None:
 @pytest.mark.parametrize("kind", [dict, namedtuple("Out", ["logits", "loss"]), lambda logits, loss: (logits, loss)])
 def test_a_compiled_module_returns_what_it_returns_uncompiled(spec: str, kind: Any) -> None:
     assert trace_file(f"{spec}:outputs", kind=kind).saved_for_backward_bytes == 2 * X  # exp's, and x
+
+
+@pytest.mark.parametrize("how", [{}, {"half": True}, {"padded": True}])
+def test_attention_of_torchs_module_is_a_kernel(spec: str, how: dict[str, bool]) -> None:
+    """On CUDA no matrix of scores is made for it, in single precision or with dropout or a mask neither."""
+    report = trace_file(f"{spec}:attends", **how)
+    scores = 2 * 4 * 128 * 128
+    assert report.saved_for_backward_bytes < 4 * scores
+    ops = {row.name for row in report.tensors}
+    assert any("flash" in op if how == {"half": True} else "efficient" in op for op in ops)

@@ -40,6 +40,9 @@ class CudaKernels(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func is F.multi_head_attention_forward:
+            with self, unchecked():
+                return func(*args, **kwargs)
         call: Any = KERNELS.get(func, func)
         name = getattr(func, "__name__", "")
         if not torch.is_autocast_enabled("cpu") or name in LOWER_ON_BOTH:
@@ -83,6 +86,19 @@ class CudaKernels(TorchFunctionMode):
             yield
         finally:
             autograd._engine_run_backward, torch.clear_autocast_cache = original, clear
+
+
+@contextmanager
+def unchecked() -> Iterator[None]:
+    """A Python function of torch.nn.functional runs under a mode what it consists of, where it would hand itself to
+    the mode: nn.MultiheadAttention's is one call, and the attention in it another."""
+    module: Any = F
+    original = module.has_torch_function
+    module.has_torch_function = lambda _: False
+    try:
+        yield
+    finally:
+        module.has_torch_function = original
 
 
 def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False, train: bool = True) -> Tensor:
