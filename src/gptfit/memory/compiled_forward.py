@@ -147,13 +147,34 @@ class CompiledForward(Program):
         if run.qk_norm:
             kept += [self.rows("h.*.attn.q rstd", run.n_head), self.rows("h.*.attn.k rstd", run.n_kv_head)]
         if run.attention == "math":
-            return kept + [self.activation(f"h.*.attn.{part} copy", c, low) for part in ("q scaled", "k", "v")]
+            if self.keeps_normed:
+                kept += [
+                    self.activation("h.*.attn.q normed", c, low),
+                    self.activation("h.*.attn.k normed", kv_width, low),
+                ]
+            parts = [part for part in ("q scaled", "k", "v") if part[0] not in self.only_viewed]
+            return kept + [self.activation(f"h.*.attn.{part} copy", c, low) for part in parts]
         changed = "rotated" if run.position == "rope" else "normed" if run.qk_norm else ""
         if changed:
             kept.append(self.activation(f"h.*.attn.q {changed}", c, low))
         if run.n_kv_head != run.n_head and low == "float32":  # that kernel knows no groups (model.py)
             return kept + [self.activation(f"h.*.attn.{part} repeated", c, low) for part in ("k", "v")]
         return [*kept, self.activation(f"h.*.attn.k {changed}", kv_width, low)] if changed else kept
+
+    @property
+    def keeps_normed(self) -> bool:
+        """Whether attention written out keeps normalised queries and keys: in fp32 less than the projection, which
+        nothing else needs."""
+        return self.run.qk_norm and self.low == "float32" and self.checkpoints and not self.only_viewed
+
+    @property
+    def only_viewed(self) -> str:
+        """Which of keys and values attention written out reads as views of the projection: of one head, or of one
+        sequence, where nothing else is done to them."""
+        run = self.run
+        if run.n_kv_head != run.n_head or (run.batch_size > 1 and run.n_head > 1):
+            return ""
+        return "v" if run.position == "rope" or run.qk_norm else "kv"
 
     def scores(self, first: bool) -> list[Tensor]:
         """Attention written out: softmax's fp32 output, and its copy in low precision. Of the first block the scores
@@ -183,7 +204,8 @@ class CompiledForward(Program):
         all_copied = run.attention == "math" or (self.keeps_joined and run.position == "rope" and grouped)
         projected = self.linear("h.*.attn.c_attn", c, c + 2 * kv_width, "h.*.attn.c_attn")
         kept = self.heads()
-        if all_copied and not run.qk_norm:  # nothing is left that is a view of the projection
+        viewed = (run.qk_norm and not self.keeps_normed) or (run.attention == "math" and self.only_viewed)
+        if all_copied and not viewed:  # nothing is left that is a view of the projection
             projected.pop()
         kept += projected
         w.flops += 4 * b * t * t * c * w.repeat

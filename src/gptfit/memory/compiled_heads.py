@@ -48,6 +48,7 @@ class Attention(Joint):
             self.named(found.rstd, f"attn.{part} rstd")
             found.made = self.cast(found.normal, self.low)
             self.named(found.made, f"attn.{part} normed")
+            found.made.strides = laid_out(made.shape, by_head=False)  # as it is kept
         return found
 
     def tables(self) -> tuple[Op, Op]:
@@ -156,7 +157,10 @@ class Attention(Joint):
         if not self.masked:
             self.unseen()  # minus infinity
             self.masked = True
-        masked = self.point(mask, full, self.given("minus infinity", (), FLOAT), dtype=FLOAT)
+        if run.n_layer > run.checkpoint_every:  # made once for all blocks, and kept
+            masked = self.point(mask, full, self.given("minus infinity", (), FLOAT), dtype=FLOAT)
+        else:
+            masked = self.point(mask, full, dtype=FLOAT, numbers=("minus infinity",))
         maximum = self.named(self.sum(masked, 3), "attn.y maximum")
         raised = self.point(self.point(masked, maximum))
         total = self.named(self.sum(raised, 3), "attn.y sum")

@@ -37,7 +37,9 @@ class Listed:
             changed = lowering.nodes[self.schedule.maker[name]].op.kind == SCATTER  # a table that is there already
             n_bytes = 0 if changed else size_of(buffer)
             return Slot(n_bytes, buffer.dtype, kind, lowering.whole_of.get(name, ""))
-        return Slot(size_of(buffer) if name in self.saved else 0, buffer.dtype, SAVED if name in self.saved else GIVEN)
+        whole = lowering.whole_of.get(name, "")
+        kind = SAVED if name in self.saved or whole in self.saved else GIVEN
+        return Slot(0, buffer.dtype, kind, whole)  # what is read of it is counted later
 
     def set_apart(self, name: str) -> None:
         """Keeps others from taking the place of a buffer."""

@@ -158,8 +158,21 @@ class Lowering:
             buffer = self.buffers.get(op.label) or self.fresh(op.shape, op.dtype, strides, op.label)
             buffer.fix()
             return whole(self.on(buffer))
+        if op.kind == VIEW and isinstance(op.data, Change) and op.data.how == "slice":
+            made = op.args[0].args[0] if op.args[0].kind == VIEW else op  # the projection, which is kept in rows
+            if made.label in self.kept:
+                return self.part_kept(op, made)
         view = getattr(self, f"lower_{op.kind.replace(' ', '_')}")(op)
         return self.after(op, view)
+
+    def part_kept(self, op: Op, made: Op) -> View:
+        """Columns of what is kept: an input by itself, that lies in the whole."""
+        assert isinstance(op.data, Change)
+        *outer, step = contiguous((*op.shape[:-1], made.shape[-1]))
+        buffer = self.fresh(op.shape, op.dtype, (*outer, step), f"{made.label} from {op.data.numbers[0]}")
+        self.whole_of[buffer.name] = made.label
+        self.fresh(made.shape, made.dtype, contiguous(made.shape), made.label)
+        return whole(self.on(buffer))
 
     def after(self, op: Op, view: View) -> View:
         """What becomes of a result by its users."""

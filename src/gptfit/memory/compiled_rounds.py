@@ -95,6 +95,8 @@ class Rounds:
                     joint.named(x, "ln_1 input" if position else "x")
                 made, x = joint.block(x)
                 blocks.append(made)
+                if position:
+                    joint.kept_for_nothing |= {f"{joint.at}ln_1 mean", f"{joint.at}ln_1 rstd"}
         joint.at = self.last_place
         ln_f = joint.norm(joint.named(x, "ln_f input"), "ln_f")
         joint.kept_for_nothing |= {f"{joint.at}ln_f mean", f"{joint.at}ln_f rstd"}  # a number for each token
