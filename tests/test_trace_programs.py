@@ -216,6 +216,16 @@ def attends(half=False, padded=False):
             return model(x, x, x, need_weights=False, key_padding_mask=padding)[0].sum()
     return step, model
 
+def copied():
+    import copy
+    model = copy.deepcopy(net()).to("cuda")
+    x = torch.ones(256, 64)
+    return (lambda: model(x).exp().sum()), model
+
+def not_copied():
+    model, x = net(), torch.ones(256, 64)
+    return (lambda: model(x).exp().sum()), model
+
 def processes():
     return torch.distributed.get_rank()
 """
@@ -337,3 +347,9 @@ def test_attention_of_torchs_module_is_a_kernel(spec: str, how: dict[str, bool])
     assert report.saved_for_backward_bytes < 4 * scores
     ops = {row.name for row in report.tensors}
     assert any("flash" in op if how == {"half": True} else "efficient" in op for op in ops)
+
+
+def test_a_copied_module_is_there_once(spec: str) -> None:
+    """nn.TransformerEncoder copies its layer, and an average of the weights is a copy of the model."""
+    copied, plain = (trace_file(f"{spec}:{name}") for name in ("copied", "not_copied"))
+    assert (copied.live_bytes, copied.breakdown()) == (plain.live_bytes, plain.breakdown())
