@@ -39,7 +39,7 @@ class Lean(Compiled):
     def heads(self) -> list[Tensor]:
         """What attention reads, where it is no view of the projection. In half precision norms are made again, in fp32
         their outputs are kept. Copies that attention makes are kept unless they are of more than two heads for one; of
-        a single head it makes none of keys and values."""
+        a single head, or sequence, it makes none of keys and values."""
         run, low = self.run, self.low
         c, kv_width = run.n_embd, run.n_kv_head * run.head_size
         rope, math = run.position == "rope", run.attention == "math"
@@ -51,12 +51,12 @@ class Lean(Compiled):
             kept += [self.activation("h.*.attn.q normed", c, low), self.activation("h.*.attn.k normed", kv_width, low)]
         if rope and not math:
             kept.append(self.activation("h.*.attn.q rotated", c, low))
-        if rope and not (math and self.n_groups == 1 and run.n_head > 1):
+        if rope and not (math and self.n_groups == 1 and not self.views_apart):
             kept.append(self.activation("h.*.attn.k rotated", kv_width, low))
         copied = [] if run.qk_norm and not rope else ["q scaled"] if math else []
         if self.n_groups <= 2 and (math or (self.n_groups == 2 and low == "float32")):
             copied += ["v"] if (rope and self.n_groups == 2) or (run.qk_norm and not rope) else ["k", "v"]
-        if math and run.n_head == 1:
+        if math and self.views_apart:
             copied = [part for part in copied if part == "q scaled"]
         kind = "copy" if math else "repeated"
         return kept + [self.activation(f"h.*.attn.{part} {kind}", c, low) for part in copied]
@@ -67,11 +67,16 @@ class Lean(Compiled):
         return self.run.n_head // self.run.n_kv_head
 
     @property
+    def views_apart(self) -> bool:
+        """Whether a product can read keys and values as they lie in the projection."""
+        return self.n_groups == 1 and 1 in (self.run.n_head, self.run.batch_size)
+
+    @property
     def keeps_projection(self) -> bool:
         """Whether attention, or backward of what is done to its inputs, reads views of it."""
         run = self.run
         if run.attention == "math":
-            return self.n_groups > 2 or run.n_head == 1 or (run.qk_norm and self.low != "float32")
+            return self.n_groups > 2 or self.views_apart or (run.qk_norm and self.low != "float32")
         changed = run.position == "rope" or (run.qk_norm and self.low == "float32")
         return not (changed and self.n_groups == 2 and self.low == "float32")
 

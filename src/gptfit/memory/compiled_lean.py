@@ -6,17 +6,15 @@ summed again from the embedding and what was added to it; a sum that is used twi
 more than four tensors (torch/_inductor/ir.py, should_realize_on_reuse), and so is a norm's normalised input.
 """
 
-from dataclasses import dataclass
 from math import prod
 
 from gptfit.memory.compiled import PADDED_FROM, ROW_ALIGNMENT_BYTES
 from gptfit.memory.compiled_again import Again
-from gptfit.memory.compiled_plan import GIVEN, OUTPUT, TEMPORARY, Kernel, Slot
+from gptfit.memory.compiled_plan import GIVEN, OUTPUT, TEMPORARY
 from gptfit.memory.tape import DTYPE_BYTES
 
 EMBEDDING = "end/wte.weight.grad"
 MOST_READS = 4  # torch/_inductor/config.py, realize_reads_threshold
-MAX_DISTANCE = 64  # torch/_inductor/scheduler.py, are_long_distant_nodes
 
 # What is fused with its like, by the ends of its groups' names: sums of the stream and what norms make of them, and
 # gradients of norms' parameters.
@@ -24,7 +22,6 @@ STREAM, OF_NORM = "/stream", "/of norm"
 
 EMBEDDING = "end/wte.weight.grad"
 MOST_READS = 4  # torch/_inductor/config.py, realize_reads_threshold
-MAX_DISTANCE = 64  # torch/_inductor/scheduler.py, are_long_distant_nodes
 
 # What is fused with its like, by the ends of its groups' names: sums of the stream, gradients of norms' parameters; and
 # sums with rows of positions, which are read again for each sequence and so have loops of their own.
@@ -121,9 +118,11 @@ class Lean(Again):
         reads = [*dy, *dict.fromkeys([*x, *rstd])]
         for one in sums:
             self.add([one], reads, group=group)
-        self.gradient(f"{name}.weight", (c,), [*dy, *x], group=f"{self.at}{name}{OF_NORM}")
-        if run.bias and run.norm == "layernorm":
-            self.gradient(f"{name}.bias", (c,), dy, group=f"{self.at}{name} bias{OF_NORM}")
+        parts = {"weight": [*dy, *x]} | ({"bias": dy} if run.bias and run.norm == "layernorm" else {})
+        for part, made_of in parts.items():
+            suffix = "" if part == "weight" else " bias"
+            self.gradient(f"{name}.{part}", (c,), made_of, group=f"{self.at}{name}{suffix}{OF_NORM}")
+            self.kernels[-1].parts = 1 + self.low_stream  # summed up in fp32, then cast
         self.add([dx], [above, *reads, *sums], places={dx: (above, *reads) if above else ()}, group=group)
         return dx
 
@@ -277,7 +276,8 @@ class Lean(Again):
         source = next(kept[name] for name in places if name in kept)
         projected = source.endswith(f"c_attn {part[0]}")
         scale = kept.get(f"attn.{part[0]} rstd", "") if projected else ""
-        if self.run.n_head == 1 and part in "kv" and not scale:  # there is nothing to put beside each other
+        alone = self.run.n_kv_head == self.run.n_head and 1 in (self.run.n_head, self.run.batch_size)
+        if alone and part in "kv" and not scale:  # there is nothing to put beside each other
             return source
         return self.again(f"attn.{part} copy", [source, scale])
 
@@ -344,71 +344,3 @@ class Lean(Again):
                 self.add([EMBEDDING], [*read, "end/head product"])
             else:
                 self.call(EMBEDDING, *read, logits, next(name for name in self.slots if name.endswith("/ln_f")))
-
-
-def loops_of(kernel: Kernel, positions: str) -> str:
-    """In which loops it runs: a flat one, over all numbers; one over rows, where it reads what a row has one of; or
-    over sequences as well, where it reads `positions`, which are the same for each."""
-    of_rows = "" if "/x at " in kernel.writes[0] else "rows"
-    return of_rows + ("sequences" if positions and positions in kernel.reads else "")
-
-
-@dataclass(slots=True)
-class Fused:
-    """Kernels of one group, from node `first` to `last`."""
-
-    kernels: list[Kernel]
-    first: int
-    last: int
-    loops: str
-
-    def distance(self, other: "Fused") -> int:
-        return max(abs(self.first - other.last), abs(other.first - self.last))
-
-    def names(self) -> set[str]:
-        return {name for kernel in self.kernels for name in (*kernel.reads, *kernel.writes)}
-
-    def fits(self, other: "Fused") -> bool:
-        """In loops alike; one flat loop alone can be written as any other, but not if something is fused already
-        (torch/_inductor/codegen/cpp.py, _can_fuse_nodes_with_compatible_ranges)."""
-        alone = any(not one.loops and len(one.kernels) == 1 for one in (self, other))
-        return self.distance(other) <= MAX_DISTANCE and (self.loops == other.loops or alone)
-
-    def join(self, other: "Fused") -> None:
-        for kernel in other.kernels:
-            kernel.group = self.kernels[0].group
-        self.kernels += other.kernels
-        self.first, self.last = min(self.first, other.first), max(self.last, other.last)
-        self.loops = self.loops or other.loops
-
-
-def fuse_alike(kernels: list[Kernel], slots: dict[str, Slot], kind: str, positions: str = "", first: str = "") -> None:
-    """Makes one of kernels of groups that end in `kind`, or of the group `first`, those first that share most bytes,
-    then the nearest (torch/_inductor/scheduler.py, fuse_nodes). Nothing that they are made of is made of them."""
-    groups: dict[str, Fused] = {}
-    position = 0
-    for kernel in kernels:
-        last = position + kernel.parts - 1
-        if kernel.group in groups:
-            groups[kernel.group].kernels.append(kernel)
-            groups[kernel.group].last = last
-        elif kernel.group.endswith(kind) or (first and kernel.group == first):
-            groups[kernel.group] = Fused([kernel], position, last, loops_of(kernel, positions))
-        position += kernel.parts
-    while True:
-        found = list(groups.values())
-        pairs: list[tuple[int, int, int, int]] = []
-        for i, one in enumerate(found):
-            for j in range(i + 1, len(found)):
-                shared = sum(slots[name].n_bytes for name in one.names() & found[j].names() if name in slots)
-                if shared and one.fits(found[j]):
-                    pairs.append((-shared, one.distance(found[j]), i, j))
-        if not pairs:
-            return
-        of = list(found)
-        for *_, i, j in sorted(pairs):
-            one, other = of[i], of[j]
-            if one is not other and one.fits(other):
-                one.join(other)
-                of = [one if each is other else each for each in of]
-        groups = {each.kernels[0].group: each for each in of}

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 from gptfit.memory.autograd import Tensor
 from gptfit.memory.compiled_forward import base_name
 from gptfit.memory.compiled_fusion import fuse_with_next
-from gptfit.memory.compiled_lean import EMBEDDING, OF_NORM, STREAM, Lean, Names, fuse_alike
+from gptfit.memory.compiled_lean import EMBEDDING, OF_NORM, STREAM, Lean, Names
+from gptfit.memory.compiled_lean_fusion import fuse_alike, loops_of
 from gptfit.memory.compiled_order import reordered
 from gptfit.memory.compiled_plan import FRESH, GIVEN, OUTPUT, SAVED, Kernel, Plan, Slot, Step, fused
 from gptfit.memory.tape import Buffer, Event, make_buffer
@@ -36,6 +37,7 @@ class LeanPlan:
         listing = self.listing
         final = f"{program.run.n_layer - 1}+0/ln_f/again"
         fuse_alike(listing.kernels, listing.slots, STREAM, listing.positions, final)
+        self.fuse_normalised()
         fuse_alike(listing.kernels, listing.slots, OF_NORM)
         if program.run.dtype == "float32" and not program.run.dropout:
             fuse_with_next(listing.kernels, "/masked", "/softmax")
@@ -70,6 +72,17 @@ class LeanPlan:
         """Its free is written here."""
         self.buffers[name] = tensor.storage.buffer
         tensor.storage.forget()
+
+    def fuse_normalised(self) -> None:
+        """What is normalised alone is made with what reads it first."""
+        groups: dict[str, list[Kernel]] = {}
+        for kernel in self.listing.kernels:
+            if kernel.group.endswith(STREAM):
+                groups.setdefault(kernel.group, []).append(kernel)
+        for kernels in groups.values():
+            if all(loops_of(kernel, self.listing.positions) == "rows" for kernel in kernels):
+                for kernel in kernels:
+                    kernel.group = f"{kernels[0].writes[0].removesuffix(' normalised')}/again"
 
     def saved(self, place: str, tensors: list[Tensor]) -> Names:
         """The buffers that forward kept, by what they are."""
