@@ -198,15 +198,13 @@ def estimate(
     Raises GptfitError for an unknown program or what it cannot do, and for a risk that is none.
     """
     run = under_program(run, program)
-    capability = profile.compute_capability if profile else None
-    workspace_bytes = cublas_workspace_bytes(capability)
+    workspace_bytes = cublas_workspace_bytes(profile.compute_capability if profile else None)
     replayed = replay(run, program, workspace_bytes)
-    live = live_figures(representative(run), program)  # pyright: ignore[reportArgumentType]
+    live = live_figures(run, program)
     rows = all_rows(live.rows, replayed.allocated_bytes, live.peak.live_bytes, workspace_bytes)
     context_bytes = profile.context_bytes if profile else UNKNOWN_CARD_CONTEXT_BYTES
     budget = Budget(profile.name, profile.total_bytes, reserve_bytes) if profile else None
-    other = None if run.expandable_segments else replay(run, program, workspace_bytes, other_start=True)
-    other_bytes = None if other is None else other.reserved_bytes
+    other_bytes = None if run.expandable_segments else replay(run, program, workspace_bytes, True).reserved_bytes
     interval = process_interval(run.compile, replayed.reserved_bytes, profile, risk, other_bytes)
     fits_squeezed = False
     if budget is not None and squeeze:
@@ -246,7 +244,7 @@ def estimate(
 
 @dataclass(frozen=True, slots=True)
 class Live:
-    """What a run's tape says before any allocator: the same on every card."""
+    """What a run's tape says before any allocator, on every card."""
 
     n_params: int
     flops_per_token: int
@@ -258,8 +256,13 @@ class Live:
     run_phases: tuple[tuple[str, int], ...]
 
 
-@lru_cache(maxsize=256)
 def live_figures(run: RunConfig, program: str) -> Live:
+    """Read off the pieces that `replay` plays: ask for both one after the other, and they are written once."""
+    return _live_figures(representative(run), program)  # pyright: ignore[reportArgumentType]
+
+
+@lru_cache(maxsize=256)
+def _live_figures(run: RunConfig, program: str) -> Live:
     parts = bare(kernel_pieces(run, program))  # pyright: ignore[reportArgumentType]
     steady = steady_step(run, parts)
     return Live(
@@ -316,18 +319,16 @@ def live_rows(steady: Tape, allocated_bytes: int, live_bytes: int, workspace_byt
 
 
 def rows_at_peak(tape: Tape) -> tuple[TensorRow, ...]:
-    return tuple(
-        TensorRow(buffer.name, buffer.category, buffer.shape, buffer.dtype, count, buffer.n_bytes * count)
-        for buffer, count in tape.live_at_peak().items()
-    )
+    live = tape.live_at_peak().items()
+    return tuple(TensorRow(b.name, b.category, b.shape, b.dtype, count, b.n_bytes * count) for b, count in live)
 
 
 def all_rows(
     live: Iterable[TensorRow], allocated_bytes: int, live_bytes: int, workspace_bytes: int
 ) -> tuple[TensorRow, ...]:
     workspaces = CUBLAS_HANDLES * workspace_bytes
-    rows = [*live]
-    rows.append(TensorRow("cuBLAS workspaces", "workspace", (workspace_bytes,), "uint8", CUBLAS_HANDLES, workspaces))
+    handles = TensorRow("cuBLAS workspaces", "workspace", (workspace_bytes,), "uint8", CUBLAS_HANDLES, workspaces)
+    rows = [*live, handles]
     slack = allocated_bytes - live_bytes - workspaces
     if slack > 0:
         rows.append(TensorRow("kernel scratch and slack of large blocks", "slack", (slack,), "uint8", 1, slack))

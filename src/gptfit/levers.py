@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from gptfit.config import RunConfig, derive
 from gptfit.errors import GptfitError
-from gptfit.estimate import Estimate, estimate, replay, under_program
+from gptfit.estimate import Estimate, estimate, live_figures, replay, under_program
 from gptfit.gpus import GpuProfile
 from gptfit.memory.overhead import CUBLAS_HANDLES, cublas_workspace_bytes
 from gptfit.memory.step import steady_peak
@@ -158,7 +158,8 @@ def effect_of(
     program = lever.program or program
     try:
         after = under_program(derive(run, **changes), program)
-        live_bytes, flops_per_token = steady_peak(after, program)
+        live = live_figures(after, program)
+        live_bytes = live.peak.live_bytes
         fits, certain = fits_surely(live_bytes, profile, reserve_bytes), True
         if fits is None:
             full = estimate(after, program, profile, reserve_bytes, given.interval.risk)
@@ -167,7 +168,7 @@ def effect_of(
             process_bytes = process_bytes_of(after, program, profile)
     except GptfitError:
         return None
-    speed = predict(after, profile, flops_per_token, program)
+    speed = predict(after, profile, live.flops_per_token, program)
     return LeverEffect(
         change,
         live_bytes - given.live_bytes,
