@@ -180,12 +180,7 @@ class Compiled(CompiledForward):
         self.late = self.is_late()
         w.mark("blocks", "backward")
         if self.checkpoints:
-            rounds = Rounds(self, dx, tied_here)
-            rounds.write()
-            self.head_kept.clear()
-            self.embedding_kept.clear()
-            self.inputs.clear()
-            rounds.part.clear()
+            self.rounds_backward(Rounds(self, dx, [], tied_here))
             return
         reused = [dx, w.empty("stream gradient", "temporary", self.shape(c), run.param_dtype)]
         self.gradients("ln_f")
@@ -208,6 +203,14 @@ class Compiled(CompiledForward):
         self.embedding_kept.clear()
         self.inputs.clear()
         reused.clear()
+
+    def rounds_backward(self, rounds: Rounds) -> None:
+        """Blocks that are run again, with the head if the loss is in their graph."""
+        rounds.write()
+        self.head_kept.clear()
+        self.embedding_kept.clear()
+        self.inputs.clear()
+        rounds.part.clear()
 
     def embedding_backward(self, tied_here: bool) -> list[Tensor]:
         """The gradients of the embeddings; the tied one's part of it is returned."""
@@ -232,6 +235,11 @@ class Compiled(CompiledForward):
         self.drop_head("loss maximum", "loss log-sum")
         del self.inputs[:1]
         tied = run.tie_embeddings
+        if self.checkpoints:
+            w.mark("blocks", "backward")
+            self.rounds_backward(Rounds(self, None, grads, tied))
+            self.accumulate()
+            return
         head: list[Tensor] = []
         if tied and not self.copies:  # multiplied last, onto the embedding's part (addmm)
             head += [*grads, *(tensor for tensor in self.head_kept if base_name(tensor) == "ln_f")]

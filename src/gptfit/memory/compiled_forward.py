@@ -278,7 +278,7 @@ class CompiledForward(Program):
         w, run = self.w, self.run
         w.mark("embedding", "forward" if w.training else "evaluation")
         self.embedding_kept = self.embedding_forward()
-        stream = [self.activation(f"stream {i}", run.n_embd, self.low) for i in range(3)]
+        stream = [self.activation(f"stream {i}", run.n_embd, self.low) for i in range(min(3, 2 * run.n_layer))]
         self.stretches = self.stretches_of() if w.grad_enabled else []
         room: list[Tensor] = []
         if self.checkpoints or not w.grad_enabled:

@@ -5,7 +5,7 @@ forward kept cuts the graph. What is run again stands right before its first use
 (torch/_functorch/partitioners.py, reordering_to_mimic_autograd_engine).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from typing import NamedTuple
 
 Shape = tuple[int, ...]
@@ -118,7 +118,7 @@ class Graph:
         return self.op(CAT, args, shape, args[0].dtype)
 
 
-def backward_ops(ops: Sequence[Op], first: int, kept: set[str]) -> list[Op]:
+def backward_ops(ops: Sequence[Op], first: int, kept: Set[str]) -> list[Op]:
     """The operations of the backward, from position `first` of `ops` on, each after what it needs of those before it;
     those that are labelled as `kept` are inputs."""
     needed: set[int] = set()

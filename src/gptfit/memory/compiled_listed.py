@@ -41,11 +41,6 @@ class Listed:
         kind = SAVED if name in self.saved or whole in self.saved else GIVEN
         return Slot(0, buffer.dtype, kind, whole)  # what is read of it is counted later
 
-    def set_apart(self, name: str) -> None:
-        """Keeps others from taking the place of a buffer."""
-        slot = self.slots[name]
-        self.slots[name] = slot._replace(kind=FRESH if slot.kind == TEMPORARY else slot.kind)
-
     def read_sizes(self) -> None:
         """Of what was kept, inductor counts what the last kernel reads of it."""
         for group in self.schedule.groups:

@@ -6,7 +6,7 @@ read (torch/_inductor/ir.py, Pointwise), until something needs it as a tensor, o
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 
 from gptfit.memory.compiled_graph import (
     ATTENTION_BACKWARD,
@@ -47,7 +47,7 @@ MOST_READS, MOST_READS_AT_ALL, UNROLLED = 4, 8, 8
 class Lowering:
     """Lowers `ops`; `sizes` and names of buffers are found in `buffers`, parts of others in `whole_of`."""
 
-    def __init__(self, ops: Sequence[Op], kept: set[str]) -> None:
+    def __init__(self, ops: Sequence[Op], kept: Set[str]) -> None:
         self.kept = kept
         self.buffers: dict[str, Buffer] = {}
         self.whole_of: dict[str, str] = {}
