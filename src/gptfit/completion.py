@@ -7,6 +7,8 @@ import typer
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
 
+PROGRAMS = ("gptfit", "nanogpt")  # whose code runs the step
+
 
 def words(context: typer.Context, incomplete: str) -> list[str]:
     """A preset where CONFIG is still to come, and KEY=; the values of a key that is already there."""
@@ -57,8 +59,6 @@ def gpus(incomplete: str) -> list[str]:
 
 
 def program(incomplete: str) -> list[str]:
-    from gptfit.options import PROGRAMS
-
     return [name for name in PROGRAMS if name.startswith(incomplete)]
 
 

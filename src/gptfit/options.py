@@ -8,6 +8,7 @@ import typer
 
 from gptfit import completion
 from gptfit.asked import Asked
+from gptfit.completion import PROGRAMS
 from gptfit.errors import GptfitError, nearest
 
 if TYPE_CHECKING:
@@ -137,9 +138,6 @@ Device = Annotated[
     str,
     typer.Option("--device", metavar="NAME", help="cuda, cuda:1 or cpu; the best if not given.", show_default=False),
 ]
-
-
-PROGRAMS = ("gptfit", "nanogpt")
 
 
 def asked_for(context: typer.Context, words: Sequence[str] | None) -> Asked:
