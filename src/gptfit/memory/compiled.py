@@ -145,9 +145,12 @@ def assumptions(run: RunConfig, program: str) -> list[str]:
         )
     if run.vocab_size % 8 and run.dtype != "float32":
         lines.append(f"padding of matmuls to even shapes is left out: vocab_size {run.vocab_size} is no multiple of 8")
-    few_tokens = run.batch_size * run.block_size <= run.n_embd  # whose weight gradients come late
-    if run.activation_memory_budget < 1 and (run.n_layer < 4 or few_tokens or run.attention == "math"):
-        lines.append("what backward makes again under activation_memory_budget is approximate here: up to a twentieth")
+    few_tokens = run.batch_size * run.block_size <= run.n_embd
+    if few_tokens and run.activation_checkpointing != "block":
+        lines.append(
+            f"the order of backward is approximate for {run.batch_size * run.block_size} tokens, no more than n_embd "
+            f"{run.n_embd}: weight gradients are larger than what they set free; up to a tenth either way"
+        )
     if run.activation_checkpointing == "block":
         turned = run.qk_norm or run.position == "rope"
         remade = run.dropout and (run.attention == "math" or (run.dtype == "float32" and turned))
