@@ -84,19 +84,19 @@ class Job:
     segment: Callable[[], int] = lambda: 0
 
 
-class OneMode(FakeTensorMode):
+def fake_mode() -> FakeTensorMode:
     """A mode that a copied tensor shares: copy.deepcopy copies what a fake tensor refers to, its mode too, and a tensor
     of another mode is made anew by each op that reads it."""
-
-    def __deepcopy__(self, memo: Any) -> "OneMode":
-        return self
+    mode: Any = FakeTensorMode(allow_non_fake_inputs=True)
+    mode.__deepcopy__ = lambda memo: mode
+    return mode
 
 
 @contextmanager
 def as_on_cuda(recorder: Recorder) -> Iterator[None]:
     """Fake tensors, CUDA's kernels and a recorder, entered in the order in which they must see an op."""
     with ExitStack() as stack:
-        stack.enter_context(OneMode(allow_non_fake_inputs=True))
+        stack.enter_context(fake_mode())
         stack.enter_context(recorder)
         recorder.calibrate()
         kernels = stack.enter_context(CudaKernels(recorder))
