@@ -229,6 +229,7 @@ class Plan:
             self.steps.append(Step(-1, name, index))
         elif name in self.storage:
             storage = self.storage.pop(name)
-            if slot.kind != FRESH:  # whose alignment is not known
+            donated = self.slots[storage].kind == SAVED  # no one takes its place again
+            if slot.kind != FRESH and not donated:  # the alignment of what is fresh is not known
                 self.pool.setdefault((slot.n_bytes, slot.dtype), []).append((storage, len(self.steps), now))
             self.steps.append(Step(-1, storage, index))
