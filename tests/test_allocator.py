@@ -8,16 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptfit.memory.allocator import (
-    ALLOCATED,
-    FREE,
-    PENDING,
-    UNMAPPED,
-    Block,
-    CachingAllocator,
-    OutOfMemory,
-)
+from gptfit.memory.allocator import CachingAllocator, OutOfMemory
 from gptfit.memory.allocator_options import AllocatorOptions
+from gptfit.memory.blocks import ALLOCATED, FREE, PENDING, UNMAPPED, Block
 from slow_allocator import Pages, Plain
 
 KiB, MiB, GiB = 1 << 10, 1 << 20, 1 << 30

@@ -3,7 +3,8 @@
 import pytest
 
 from gptfit.config import make_run
-from gptfit.memory.allocator import AllocatorOptions, Block, CachingAllocator, OutOfMemory
+from gptfit.memory.allocator import AllocatorOptions, CachingAllocator, OutOfMemory
+from gptfit.memory.blocks import Block
 from gptfit.memory.player import Player
 from gptfit.memory.reserve import with_workspaces
 from gptfit.memory.step import pieces

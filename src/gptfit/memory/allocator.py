@@ -9,13 +9,13 @@ from typing import NamedTuple
 
 from gptfit.errors import GptfitError
 from gptfit.memory.allocator_options import MIN_BLOCK, AllocatorOptions, MiB
+from gptfit.memory.blocks import ALLOCATED, FREE, PENDING, UNMAPPED, Block, Pool
+from gptfit.memory.expandable import extend
+from gptfit.memory.release import collect_garbage, release_free, release_oversize
 from gptfit.units import format_bytes
 
 SMALL_LIMIT, SMALL_SEGMENT = MiB, 2 * MiB
 MIN_LARGE, LARGE_ROUNDING = 10 * MiB, 2 * MiB
-
-# What a block is. Pending: given back, but a kernel on another stream may still read it.
-FREE, ALLOCATED, PENDING, UNMAPPED = range(4)
 
 TOP_ADDRESS = 1 << 47
 NO_LIMIT = 1 << 62
@@ -42,47 +42,6 @@ class OutOfMemory(GptfitError):
             f"{format_bytes(reserved_bytes - allocated_bytes)} is reserved by PyTorch but unallocated",
             "give it more capacity, or ask for less",
         )
-
-
-class Pool:
-    """The blocks of one size class on one stream: free ones by size then address, unmapped ones by address."""
-
-    __slots__ = ("free", "page", "small", "stream", "unmapped")
-
-    def __init__(self, stream: int, small: bool, page: int) -> None:
-        self.stream = stream
-        self.small = small
-        self.page = page  # bytes mapped at once, where segments are expandable
-        self.free: list[tuple[int, int, Block]] = []
-        self.unmapped: list[tuple[int, Block]] = []
-
-
-class Block:
-    """A piece of a segment, linked in address order with its neighbours.
-
-    `requested` is what was asked for, `stamp` when it was freed (counted in searches of its size class).
-    """
-
-    __slots__ = ("address", "expandable", "next", "pool", "prev", "requested", "size", "stamp", "state")
-
-    def __init__(
-        self,
-        pool: Pool,
-        address: int,
-        size: int,
-        state: int,
-        expandable: bool = False,
-        before: "Block | None" = None,
-        after: "Block | None" = None,
-    ) -> None:
-        self.pool = pool
-        self.address = address
-        self.size = size
-        self.state = state
-        self.expandable = expandable
-        self.prev = before
-        self.next = after
-        self.requested = self.stamp = 0
 
 
 class SegmentEvent(NamedTuple):
@@ -186,8 +145,6 @@ class CachingAllocator:
 
     def empty_cache(self) -> None:
         """Waits for deferred frees, then gives every segment and page that is wholly free back to the driver."""
-        from gptfit.memory.release import release_free
-
         release_free(self)
 
     def put(self, block: Block) -> Block:
@@ -297,8 +254,6 @@ class CachingAllocator:
 
     def _obtain(self, pool: Pool, need: int) -> Block:
         """A block of new memory. On failure: what is oversize is given back, then all that is free, then an error."""
-        from gptfit.memory.release import collect_garbage, release_free, release_oversize
-
         if self.collects:
             collect_garbage(self)
         tried = self.segment_bytes(need)
@@ -320,8 +275,6 @@ class CachingAllocator:
         if self.limit_bytes is not None and self.reserved_bytes + size > self.limit_bytes:
             return None
         if self.expandable:
-            from gptfit.memory.expandable import extend
-
             return extend(self, pool, need)
         if not self.reserve(size):
             return None

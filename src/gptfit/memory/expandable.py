@@ -1,14 +1,18 @@
 """Expandable segments: virtual ranges, one per pool as a rule, mapped and unmapped in whole pages."""
 
 from bisect import bisect_left, insort
+from typing import TYPE_CHECKING
 
-from gptfit.memory.allocator import FREE, UNMAPPED, Block, CachingAllocator, Pool
+from gptfit.memory.blocks import FREE, UNMAPPED, Block, Pool
+
+if TYPE_CHECKING:
+    from gptfit.memory.allocator import CachingAllocator
 
 # A range is 9/8 of the device's memory; where that is not known, as good as endless.
 UNKNOWN_RANGE_BYTES = 1 << 42
 
 
-def extend(allocator: CachingAllocator, pool: Pool, need: int) -> Block | None:
+def extend(allocator: "CachingAllocator", pool: Pool, need: int) -> Block | None:
     """A free block of at least `need` bytes, taken out of the pool, by mapping pages; None where memory ran out.
 
     Pages mapped before the failure stay mapped and free, as in torch.
@@ -25,7 +29,7 @@ def extend(allocator: CachingAllocator, pool: Pool, need: int) -> Block | None:
     return block
 
 
-def unmap_free(allocator: CachingAllocator, head: Block) -> None:
+def unmap_free(allocator: "CachingAllocator", head: Block) -> None:
     """Gives back the whole pages inside every free block of the range that begins with `head`."""
     base, page = head.address, head.pool.page
     blocks: list[Block] = []
@@ -41,7 +45,7 @@ def unmap_free(allocator: CachingAllocator, head: Block) -> None:
             unmap(allocator, block, start, end)
 
 
-def unmap(allocator: CachingAllocator, block: Block, start: int, end: int) -> None:
+def unmap(allocator: "CachingAllocator", block: Block, start: int, end: int) -> None:
     """Gives the pages from address `start` to `end` of a free block back; its edges stay mapped and free.
 
     A range of which nothing is left is dropped.
@@ -84,7 +88,7 @@ def _lowest_room(pool: Pool, need: int) -> Block | None:
     return None
 
 
-def _new_range(allocator: CachingAllocator, pool: Pool, need: int) -> Block:
+def _new_range(allocator: "CachingAllocator", pool: Pool, need: int) -> Block:
     """Address room for more than the device's memory, in whole pages, none of them mapped."""
     capacity = allocator.capacity_bytes
     room_bytes = UNKNOWN_RANGE_BYTES if capacity is None else capacity * 9 // 8
@@ -95,7 +99,7 @@ def _new_range(allocator: CachingAllocator, pool: Pool, need: int) -> Block:
     return block
 
 
-def _map(allocator: CachingAllocator, block: Block, need: int) -> Block | None:
+def _map(allocator: "CachingAllocator", block: Block, need: int) -> Block | None:
     """Maps the first pages of an unmapped block; the free block that results, merged and in the pool."""
     pool = block.pool
     size = min(-(-need // pool.page) * pool.page, block.size)  # mapped parts end at pages, so this one starts at one

@@ -4,7 +4,8 @@ from collections import defaultdict, deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from gptfit.memory.allocator import Block, CachingAllocator
+from gptfit.memory.allocator import CachingAllocator
+from gptfit.memory.blocks import Block
 from gptfit.memory.tape import Event, Item, Loop
 
 

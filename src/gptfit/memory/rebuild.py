@@ -5,8 +5,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from gptfit.errors import GptfitError
-from gptfit.memory.allocator import ALLOCATED, FREE, PENDING, UNMAPPED, Block, CachingAllocator, Pool
+from gptfit.memory.allocator import CachingAllocator
 from gptfit.memory.allocator_options import MiB
+from gptfit.memory.blocks import ALLOCATED, FREE, PENDING, UNMAPPED, Block, Pool
 from gptfit.memory.expandable import UNKNOWN_RANGE_BYTES
 from gptfit.memory.recording import Event, Live, Recording, Span
 

@@ -1,12 +1,16 @@
 """Memory given back to the driver: empty_cache, the retry after a failed cudaMalloc, and two gentler ways."""
 
 from bisect import bisect_left
+from typing import TYPE_CHECKING
 
-from gptfit.memory.allocator import FREE, Block, CachingAllocator, Pool
+from gptfit.memory.blocks import FREE, Block, Pool
 from gptfit.memory.expandable import unmap_free
 
+if TYPE_CHECKING:
+    from gptfit.memory.allocator import CachingAllocator
 
-def release_free(allocator: CachingAllocator) -> None:
+
+def release_free(allocator: "CachingAllocator") -> None:
     """torch.cuda.empty_cache(): waits for deferred frees, then gives back every segment and page that is wholly free.
 
     Large pools first, pages last.
@@ -31,7 +35,7 @@ def whole_segments(pool: Pool) -> list[Block]:
     return [block for _, _, block in pool.free if is_whole_segment(block)]
 
 
-def release_segment(allocator: CachingAllocator, block: Block) -> None:
+def release_segment(allocator: "CachingAllocator", block: Block) -> None:
     """cudaFree of a segment that is one free block."""
     free = block.pool.free
     free.pop(bisect_left(free, (block.size, block.address)))
@@ -40,7 +44,7 @@ def release_segment(allocator: CachingAllocator, block: Block) -> None:
     allocator.note("R", block.address, block.size, block.pool.stream)
 
 
-def release_oversize(allocator: CachingAllocator, pool: Pool, need: int) -> bool:
+def release_oversize(allocator: "CachingAllocator", pool: Pool, need: int) -> bool:
     """With max_split_size: gives free oversize segments of `pool` back until one request has room. Whether it has.
 
     The smallest that is enough alone, else the largest ones; what they fall short of stays released.
@@ -59,7 +63,7 @@ def release_oversize(allocator: CachingAllocator, pool: Pool, need: int) -> bool
     return released_bytes >= wanted
 
 
-def collect_garbage(allocator: CachingAllocator) -> None:
+def collect_garbage(allocator: "CachingAllocator") -> None:
     """garbage_collection_threshold: above that share of the limit, gives old segments of the large pools back.
 
     All that are at least as old as the mean of those left go, again and again, until enough has gone or none goes.

@@ -3,7 +3,8 @@
 from collections import Counter
 from pathlib import Path
 
-from gptfit.memory.allocator import Block, CachingAllocator, OutOfMemory
+from gptfit.memory.allocator import CachingAllocator, OutOfMemory
+from gptfit.memory.blocks import Block
 from gptfit.memory.rebuild import rebuild
 from gptfit.memory.recorded_file import read_recording
 from gptfit.memory.recording import GROWN, RELEASED, Event, Recording

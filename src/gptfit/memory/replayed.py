@@ -5,7 +5,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from gptfit.memory.allocator import Block, CachingAllocator, OutOfMemory
+from gptfit.memory.allocator import CachingAllocator, OutOfMemory
+from gptfit.memory.blocks import Block
 from gptfit.memory.recording import Recording
 from gptfit.memory.release import is_whole_segment
 from gptfit.units import format_bytes

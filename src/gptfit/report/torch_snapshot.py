@@ -13,7 +13,8 @@ from typing import Any
 from gptfit.config import RunConfig
 from gptfit.estimate import under_program
 from gptfit.gpus import GpuProfile
-from gptfit.memory.allocator import ALLOCATED, UNMAPPED, AllocatorOptions, Block, CachingAllocator
+from gptfit.memory.allocator import AllocatorOptions, CachingAllocator
+from gptfit.memory.blocks import ALLOCATED, UNMAPPED, Block
 from gptfit.memory.overhead import cublas_workspace_bytes
 from gptfit.memory.reserve import with_workspaces
 from gptfit.memory.step import pieces
