@@ -1,25 +1,24 @@
 """The twins under activation_memory_budget against inductor's own plans, recorded with torch 2.13.0, and against one
 of now. A plan is the trace of the step that inductor's lowering writes (trace.py), with torch's own partitioner."""
 
-from collections import Counter
-
 import pytest
 from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
-from gptfit.config import RunConfig, derive, make_run
+import compiled_runs
+from compiled_runs import LEVERS, check_steps, measured
+from gptfit.config import RunConfig, derive
 from gptfit.errors import GptfitError
 from gptfit.memory.compiled import assumptions
-from gptfit.memory.step import first_steps, pieces, steady_step
-from gptfit.memory.tape import Tape
+from gptfit.memory.step import pieces
 from gptfit.trace import trace_program
 from gptfit.verify import verify
 
-KEYS = ("n_layer", "n_head", "n_embd", "vocab_size", "block_size", "batch_size")
 LLAMA = {"norm": "rmsnorm", "mlp": "swiglu", "position": "rope", "tie_embeddings": False}
 
-# Program, values of KEYS, other keys, bytes kept for backward, bytes at the live peak; budget 0.9, two micro-steps. Of
-# (6, 25, 1600 …, 1) the usual cut is smaller than the parameters: the partitioner takes it whatever the budget.
+# Program, values of compiled_runs.KEYS, other keys, bytes kept for backward, bytes at the live peak; budget 0.9, two
+# micro-steps. Of (6, 25, 1600 …, 1) the usual cut is smaller than the parameters: the partitioner takes it whatever
+# the budget.
 ROWS: list[tuple[str, tuple[int, ...], dict[str, object], int, int]] = [
     ("gptfit", (3, 8, 512, 4096, 300, 7), {}, 98554368, 312360960),
     ("gptfit", (4, 8, 512, 4096, 300, 7), {}, 126453248, 394894336),
@@ -267,14 +266,7 @@ ROWS: list[tuple[str, tuple[int, ...], dict[str, object], int, int]] = [
 
 
 def run_of(shape: tuple[int, ...], **keys: object) -> RunConfig:
-    own = {"gradient_accumulation_steps": 2, "activation_memory_budget": 0.9}
-    return make_run({**own, **dict(zip(KEYS, shape, strict=True)), **keys})
-
-
-def measured(run: RunConfig, program: str = "gptfit") -> tuple[int, int]:
-    """Bytes kept for backward and at the live peak."""
-    parts = pieces(run, program, whole=False)
-    return parts.saved_bytes, steady_step(run, parts).peak().live_bytes
+    return compiled_runs.run_of(shape, **{"activation_memory_budget": 0.9, **keys})
 
 
 @pytest.mark.parametrize(("program", "shape", "keys", "saved_bytes", "live_bytes"), ROWS)
@@ -325,13 +317,6 @@ def test_a_knapsack_is_not_estimated(budget: float) -> None:
     assert "verify" in caught.value.hint
 
 
-def alive_after(tape: Tape) -> Counter[str]:
-    alive: Counter[str] = Counter()
-    for sign, _, buffer in tape.expand():
-        alive[buffer.name] += sign
-    return alive
-
-
 def test_assumptions_say_where_it_is_approximate() -> None:
     exact = run_of((12, 12, 768, 50304, 1024, 8))
     for changes in ({}, {"n_layer": 2}, {"attention": "math"}, {"block_size": 128}):
@@ -343,19 +328,7 @@ def test_assumptions_say_where_it_is_approximate() -> None:
 @st.composite
 def runs(draw: st.DrawFn) -> RunConfig:
     n_kv_head, groups = draw(st.integers(1, 3)), draw(st.integers(1, 3))
-    choices: dict[str, list[object]] = {
-        "n_kv_head": [n_kv_head, n_kv_head * groups],
-        "loss": ["full", "chunked"],
-        "norm": ["layernorm", "rmsnorm"],
-        "mlp": ["gelu", "swiglu", "relu2"],
-        "position": ["learned", "rope"],
-        "attention": ["flash", "math"],
-        "dtype": ["float32", "bfloat16"],
-        "tie_embeddings": [True, False],
-        "qk_norm": [True, False],
-        "bias": [True, False],
-        "dropout": [0.0, 0.1],
-    }
+    choices = {"n_kv_head": [n_kv_head, n_kv_head * groups], "dtype": ["float32", "bfloat16"], **LEVERS}
     keys = {key: draw(st.sampled_from(values)) for key, values in choices.items()}
     n_head = n_kv_head * groups
     shape = (
@@ -377,13 +350,7 @@ def runs(draw: st.DrawFn) -> RunConfig:
 @given(runs())
 @settings(max_examples=30, deadline=None)
 def test_a_step_gives_back_what_it_takes_and_its_closed_form_is_the_expanded_peak(run: RunConfig) -> None:
-    parts = pieces(run, "gptfit")
-    start: Counter[str] = Counter()
-    for item in (*parts.parameter_items, *parts.states, *parts.batch, *parts.kept):
-        start.update(alive_after(Tape([item])))
-    for tape in (steady_step(run, parts), first_steps(run, parts)):
-        assert tape.peak().live_bytes == tape.expanded_peak_bytes()
-        assert +alive_after(tape) == +start
+    check_steps(run, pieces(run, "gptfit"))
 
 
 @given(runs())

@@ -7,34 +7,26 @@ from typing import Any
 
 import pytest
 
-from gptfit.config import RunConfig, make_run
+from compiled_runs import measured, run_of
+from gptfit.config import make_run
 from gptfit.memory.autograd import Writer
 from gptfit.memory.compiled_budget import LeanOurs, compiled_twin
 from gptfit.memory.compiled_lean import Lean
 from gptfit.memory.compiled_lean_fusion import fuse_alike
 from gptfit.memory.compiled_plan import Kernel, Slot
-from gptfit.memory.step import pieces, steady_step
-
-KEYS = ("n_layer", "n_head", "n_embd", "vocab_size", "block_size", "batch_size")
 
 # 38 of 47 runs drawn at random, each key by itself: those that have an estimate, none of them left out.
 DRAWN = [json.loads(line) for line in (Path(__file__).parent / "data/compiled_lean.jsonl").read_text().splitlines()]
-
-
-def run_of(shape: tuple[int, ...], **keys: object) -> RunConfig:
-    own = {"gradient_accumulation_steps": 2, "activation_memory_budget": 0.9}
-    return make_run({**own, **dict(zip(KEYS, shape, strict=True)), **keys})
 
 
 @pytest.mark.parametrize("row", DRAWN)
 def test_recorded_plans(row: dict[str, Any]) -> None:
     """Where the usual cut is no larger than the parameters it is taken: in most of those runs tokens are few."""
     run = make_run(row["run"])
-    parts = pieces(run, "gptfit", whole=False)
+    found = measured(run)
     lean = isinstance(compiled_twin("gptfit", Writer(run.n_layer), run), LeanOurs)
-    assert parts.saved_bytes == pytest.approx(row["saved_bytes"], rel=0.005)
-    live_bytes = steady_step(run, parts).peak().live_bytes
-    assert live_bytes == pytest.approx(row["live_bytes"], rel=0.015 if lean else 0.03)
+    assert found[0] == pytest.approx(row["saved_bytes"], rel=0.005)
+    assert found[1] == pytest.approx(row["live_bytes"], rel=0.015 if lean else 0.03)
 
 
 def test_a_sum_that_would_read_five_tensors_is_written_down() -> None:
