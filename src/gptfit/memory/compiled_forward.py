@@ -298,11 +298,15 @@ class CompiledForward(Program):
         if not w.grad_enabled:
             self.embedding_kept.clear()
         made_again = self.last_is_recomputed and not self.is_kept("end/ln_f")
+        if self.last_is_recomputed and not made_again and self.low_stream:
+            final[0] = self.activation("ln_f normalised", run.n_embd, "float32")
         return final[-1:] if made_again or not w.grad_enabled else final
 
     def is_kept(self, norm: str) -> bool:
-        """Whether what a norm made of its input is kept though the block before it is run again."""
-        return not {f"{norm} centred", f"{norm} normalised"}.isdisjoint(banned(self.run))  # pyright: ignore[reportArgumentType]  frozen models have a hash
+        """Whether what a norm made of its input is kept though the block before it is run again. Of a layer norm in
+        low precision backward does not read it."""
+        names = {f"{norm} normalised"} if self.low_stream else {f"{norm} normalised", f"{norm} centred"}
+        return not names.isdisjoint(banned(self.run))  # pyright: ignore[reportArgumentType]  frozen models have a hash
 
     def stretch_forward(self, stretch: Stretch, room: list[Tensor]) -> None:
         w, run = self.w, self.run

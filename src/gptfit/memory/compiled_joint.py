@@ -107,7 +107,7 @@ class Joint(Graph):
                 made_of = (full, mean)
             self.named(mean, f"{name} mean")
             self.named(rstd, f"{name} rstd")
-        if self.stream == FLOAT:
+        if self.stream == FLOAT or run.norm == "rmsnorm":
             self.named(normal, f"{name} normalised")
         return Norm(normal, rstd, output, made_of)
 

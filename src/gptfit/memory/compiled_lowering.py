@@ -154,7 +154,8 @@ class Lowering:
 
     def lowered(self, op: Op) -> View:
         if op.kind == INPUT or op.label in self.kept:
-            strides = op.strides or None
+            of_attention = op.kind == ITEM and len(op.shape) == 4
+            strides = laid_out(op) if of_attention else op.strides or None
             buffer = self.buffers.get(op.label) or self.fresh(op.shape, op.dtype, strides, op.label)
             buffer.fix()
             return whole(self.on(buffer))

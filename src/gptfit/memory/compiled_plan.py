@@ -111,6 +111,8 @@ class Plan:
         self.storage: dict[str, str] = {}
         self.overwritten: set[str] = set()
         self.pending: list[int] = []
+        self.held_by = {item: kernel.writes[0] for kernel in kernels for item in kernel.ahead}  # the tuple of a call
+        self.held: dict[str, list[str]] = {}
         for index, kernel in enumerate(kernels):
             self.run(index, kernel)
         self.flush(len(kernels))
@@ -227,9 +229,13 @@ class Plan:
             return
         if slot.kind in (SAVED, GIVEN):
             self.steps.append(Step(-1, name, index))
+        elif self.held_by.get(name) in self.storage:
+            self.held.setdefault(self.held_by[name], []).append(name)
         elif name in self.storage:
             storage = self.storage.pop(name)
             donated = self.slots[storage].kind == SAVED  # no one takes its place again
             if slot.kind != FRESH and not donated:  # the alignment of what is fresh is not known
                 self.pool.setdefault((slot.n_bytes, slot.dtype), []).append((storage, len(self.steps), now))
             self.steps.append(Step(-1, storage, index))
+            for one in self.held.pop(name, ()):
+                self.let_go(one, index, now)

@@ -37,8 +37,10 @@ class Planned:
         self.joint = Blocks(run)
         ops = self.operations()
         lowering = Lowering(ops, kept | self.joint.kept_for_nothing)
-        counted = [f"{TOP}{name}" for name in ("logits", "maximum", "log-sum", "ln_f")]
-        counted += [f"{TOP}weight"] * (run.dtype != run.param_dtype)
+        counted = [f"{TOP}{name}" for name in ("logits", "maximum", "log-sum", "ln_f", "weight")]
+        if run.dtype == run.param_dtype:  # weights that are no copies come in transposed, and count as what is kept
+            products = [op.label for op in self.joint.inputs.values() if len(op.shape) == 2 and "weight" in op.label]
+            counted += [label for label in products if not label.partition("/")[0].endswith("+0")]
         self.listed = Listed(lowering, set(kept.union(counted, self.joint.kept_for_nothing)))
         self.names = {buffer: name for name, buffer in lowering.named.items()}
         for node in lowering.nodes:
