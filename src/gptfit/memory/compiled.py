@@ -152,8 +152,8 @@ def assumptions(run: RunConfig, program: str) -> list[str]:
             f"{run.n_embd}: weight gradients are larger than what they set free; up to a tenth either way"
         )
     if run.activation_checkpointing == "block":
-        turned = run.qk_norm or run.position == "rope"
-        remade = run.dropout and (run.attention == "math" or (run.dtype == "float32" and turned))
-        if remade or run.checkpoint_every > 1 or run.param_dtype == "bfloat16":
-            lines.append("which buffers blocks that are run again share is approximate here: up to a tenth either way")
+        grouped = run.dtype == "float32" and run.qk_norm and run.n_kv_head != run.n_head
+        dropped = run.param_dtype == "bfloat16" and run.dropout and run.checkpoint_every > 1
+        if grouped or dropped:
+            lines.append("what blocks that are run again keep is approximate here: up to a thirtieth either way")
     return lines
