@@ -154,6 +154,7 @@ def assumptions(run: RunConfig, program: str) -> list[str]:
     if run.activation_checkpointing == "block":
         grouped = run.dtype == "float32" and run.qk_norm and run.n_kv_head != run.n_head
         dropped = run.param_dtype == "bfloat16" and run.dropout and run.checkpoint_every > 1
-        if grouped or dropped:
+        capped = run.loss == "full" and run.logit_softcap > 0
+        if grouped or dropped or capped:
             lines.append("what blocks that are run again keep is approximate here: up to a thirtieth either way")
     return lines
