@@ -175,7 +175,8 @@ def test_recorded_plans(program: str, keys: dict[str, object], row: Row) -> None
     shape, own, planned_saved_bytes, planned_live_bytes = row
     saved_bytes, live_bytes = measured(run_of(shape, **{**keys, **own}), program)
     assert saved_bytes == pytest.approx(planned_saved_bytes, rel=0.01)
-    assert live_bytes == pytest.approx(planned_live_bytes, rel=0.02)
+    rel = 0.003 if "activation_checkpointing" in keys else 0.02
+    assert live_bytes == pytest.approx(planned_live_bytes, rel=rel)
 
 
 @pytest.mark.parametrize("program", ["nanogpt", "gptfit"])
