@@ -5,15 +5,12 @@ from gptfit.memory.attention import tables
 from gptfit.memory.autograd import Tensor
 from gptfit.memory.compiled_backward import Compiled
 from gptfit.memory.compiled_forward import base_name
+from gptfit.memory.compiled_plan import PADDED_FROM, ROW_ALIGNMENT_BYTES
 from gptfit.memory.nanogpt import NanoGPT
 from gptfit.memory.ops import placeholder, use
 from gptfit.memory.ours import chunked_cross_entropy
 from gptfit.memory.programs import collect
 from gptfit.memory.tape import DTYPE_BYTES, Buffer, make_buffer
-
-# torch/_inductor/config.py: padding_alignment_bytes, and padding_stride_threshold in elements.
-ROW_ALIGNMENT_BYTES = 128
-PADDED_FROM = 1024
 
 
 class CompiledNanoGPT(Compiled):
@@ -61,6 +58,11 @@ class CompiledOurs(Compiled):
     """gptfit's model compiled: with the chunked loss up to the final norm, with the full loss all of it."""
 
     name = "gptfit"
+
+    @property
+    def plans_kernels(self) -> bool:
+        """Attention written out makes matrices of scores, whose number decides: that takes the kernels' order."""
+        return super().plans_kernels or (self.run.attention == "math" and self.w.grad_enabled)
 
     def buffers(self) -> list[Buffer]:
         run = self.run

@@ -22,7 +22,7 @@ class Compiled(CompiledForward):
         free, and the fp32 one is larger than what the peak so far leaves (memory_gap): half of what all outputs exceed
         the kept tensors by, as observed; or the embedding's gradient, which is made first."""
         run = self.run
-        if not self.copies or self.checkpoints or self.tokens[0] * self.tokens[1] > run.n_embd:
+        if not self.copies or self.plans_kernels or self.tokens[0] * self.tokens[1] > run.n_embd:
             return False
         outputs = sum(param.buffer.n_bytes * param.count for param in self.w.parameters.values())
         gap = max((outputs - self.saved_bytes()) // 2, 4 * run.vocab_size * run.n_embd)
@@ -179,7 +179,7 @@ class Compiled(CompiledForward):
         c = run.n_embd
         self.late = self.is_late()
         w.mark("blocks", "backward")
-        if self.checkpoints:
+        if self.plans_kernels:
             self.rounds_backward(Rounds(self, dx, [], tied_here))
             return
         reused = [dx, w.empty("stream gradient", "temporary", self.shape(c), run.param_dtype)]
@@ -235,7 +235,7 @@ class Compiled(CompiledForward):
         self.drop_head("loss maximum", "loss log-sum")
         del self.inputs[:1]
         tied = run.tie_embeddings
-        if self.checkpoints:
+        if self.plans_kernels:
             w.mark("blocks", "backward")
             self.rounds_backward(Rounds(self, None, grads, tied))
             self.accumulate()

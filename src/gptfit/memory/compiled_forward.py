@@ -54,6 +54,11 @@ class CompiledForward(Program):
         return self.run.activation_checkpointing == "block" and self.w.grad_enabled
 
     @property
+    def plans_kernels(self) -> bool:
+        """Whether the backward of the blocks is worked out kernel by kernel (compiled_planned.py)."""
+        return self.checkpoints
+
+    @property
     def last_is_recomputed(self) -> bool:
         return self.checkpoints and (self.run.n_layer - 1) % self.run.checkpoint_every == 0
 
@@ -61,9 +66,9 @@ class CompiledForward(Program):
         """Alike blocks together. The first is another one where the partitioner can make its input again (rope: rows of
         the embedding), or keeps less of its attention (written out)."""
         run = self.run
-        if self.checkpoints:
+        if self.plans_kernels:
             # Some rounds at both ends apart: it takes a few until the buffers in use repeat (compiled_rounds.py).
-            every = min(run.checkpoint_every, run.n_layer)
+            every = min(run.checkpoint_every, run.n_layer) if self.checkpoints else 1
             rounds = -(-run.n_layer // every)
             many = rounds > SINGLE_ROUNDS
             single = (0, 1, *range(rounds - 4, rounds)) if many else range(rounds)

@@ -8,10 +8,8 @@ more than four tensors (torch/_inductor/ir.py, should_realize_on_reuse), and so 
 
 from math import prod
 
-from gptfit.memory.compiled import PADDED_FROM, ROW_ALIGNMENT_BYTES
 from gptfit.memory.compiled_again import Again
-from gptfit.memory.compiled_plan import GIVEN, OUTPUT, TEMPORARY
-from gptfit.memory.tape import DTYPE_BYTES
+from gptfit.memory.compiled_plan import GIVEN, OUTPUT, TEMPORARY, length_in_lines
 
 EMBEDDING = "end/wte.weight.grad"
 MOST_READS = 4  # torch/_inductor/config.py, realize_reads_threshold
@@ -42,16 +40,10 @@ class Lean(Again):
         self.positions = ""  # the rows that are added to the embedding
 
     def slot(self, name: str, shape: tuple[int, ...], dtype: str, kind: str = TEMPORARY, whole: str = "") -> str:
-        """Of what kernels write, long strides are whole lines (torch/_inductor/ir.py, Layout._pad_strides)."""
+        """Of what kernels write, long strides are whole lines."""
         if kind != TEMPORARY or len(shape) < 3 or name.startswith("end/"):
             return super().slot(name, shape, dtype, kind, whole)
-        aligned = ROW_ALIGNMENT_BYTES // DTYPE_BYTES[dtype]
-        stride = length = 1
-        for size in reversed(shape):
-            length += (size - 1) * stride
-            stride *= size
-            if stride > PADDED_FROM:
-                stride = -(-stride // aligned) * aligned
+        length = length_in_lines(shape, dtype)
         super().slot(name, shape, dtype, kind, whole)
         if length != prod(shape):  # which no one counts, but whose place can be taken by the like alone
             self.unpadded[name] = shape, dtype

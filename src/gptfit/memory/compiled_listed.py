@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from gptfit.memory.compiled_graph import ATTENTION, ATTENTION_BACKWARD, ITEM, SCATTER, contiguous
 from gptfit.memory.compiled_loops import Dep, Node
 from gptfit.memory.compiled_lowering import Lowering
-from gptfit.memory.compiled_plan import FRESH, GIVEN, OUTPUT, SAVED, TEMPORARY, Kernel, Slot
+from gptfit.memory.compiled_plan import FRESH, GIVEN, OUTPUT, SAVED, TEMPORARY, Kernel, Slot, length_in_lines
 from gptfit.memory.compiled_schedule import Group, Scheduler
 from gptfit.memory.compiled_views import Buffer
 from gptfit.memory.tape import DTYPE_BYTES
@@ -36,10 +36,16 @@ class Listed:
                 kind = FRESH
             changed = lowering.nodes[self.schedule.maker[name]].op.kind == SCATTER  # a table that is there already
             n_bytes = 0 if changed else size_of(buffer)
-            return Slot(n_bytes, buffer.dtype, kind, lowering.whole_of.get(name, ""))
+            return Slot(n_bytes, self.place_of(buffer, kind), kind, lowering.whole_of.get(name, ""))
         whole = lowering.whole_of.get(name, "")
         kind = SAVED if name in self.saved or whole in self.saved else GIVEN
         return Slot(0, buffer.dtype, kind, whole)  # what is read of it is counted later
+
+    def place_of(self, buffer: Buffer, kind: str) -> str:
+        """The dtype; padding no one counts, but the place of what has it can be taken by the like alone."""
+        made_by = self.lowering.nodes[self.schedule.maker[buffer.name]]
+        padded = length_in_lines(buffer.shape, buffer.dtype) != math.prod(buffer.shape)
+        return f"{buffer.dtype} in lines" if padded and kind == TEMPORARY and not made_by.calls else buffer.dtype
 
     def read_sizes(self) -> None:
         """Of what was kept, inductor counts what the last kernel reads of it."""

@@ -7,14 +7,34 @@ the whole graph (torch/_inductor/codegen/wrapper.py, AllocateLine.should_reuse_b
 calls of libraries are one function, whose arguments are let go of when it is called.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
+
+from gptfit.memory.tape import DTYPE_BYTES
 
 # What may become of a buffer: it is made and dropped here; handed out at the end; kept from forward; made by an op of
 # torch itself, in memory of its own; or handed in, which inductor does not count.
 TEMPORARY, OUTPUT, SAVED, FRESH, GIVEN = "temporary", "output", "saved", "fresh", "given"
 LIBRARY = "library"  # as FRESH, of inputs whose alignment is known: another may take its place
+
+
+# torch/_inductor/config.py: padding_alignment_bytes, and padding_stride_threshold in elements.
+ROW_ALIGNMENT_BYTES = 128
+PADDED_FROM = 1024
+
+
+def length_in_lines(shape: Sequence[int], dtype: str) -> int:
+    """Elements that a kernel's output of three dimensions or more spans: its long strides are whole lines
+    (torch/_inductor/ir.py, Layout._pad_strides)."""
+    aligned = ROW_ALIGNMENT_BYTES // DTYPE_BYTES[dtype]
+    stride = length = 1
+    for size in reversed(shape):
+        length += (size - 1) * stride
+        stride *= size
+        if stride > PADDED_FROM and len(shape) > 2:
+            stride = -(-stride // aligned) * aligned
+    return length
 
 
 class Slot(NamedTuple):
