@@ -78,6 +78,21 @@ FULL: list[Row] = [
     ((3, 4, 256, 65, 256, 9), {"mlp": "swiglu"}, 76429824, 121976320),
     ((3, 4, 256, 65, 256, 9), {"norm": "rmsnorm", "dtype": "float32"}, 118760960, 164361216),
     ((3, 4, 256, 65, 256, 9), {"tie_embeddings": False, "bias": True}, 72497664, 115292672),
+    (
+        (1, 8, 128, 1000, 500, 12),
+        {"attention": "math", "dtype": "float32", "norm": "rmsnorm", "qk_norm": True},
+        181950976,
+        347475456,
+    ),
+    (
+        (12, 4, 128, 4096, 256, 8),
+        {"attention": "math", "dtype": "float32", "gradient_accumulation_steps": 1},
+        337871360,
+        376779776,
+    ),
+    ((3, 8, 128, 1000, 512, 4), {"attention": "math", "dropout": 0.1, "position": "rope"}, 196848128, 213847040),
+    ((3, 8, 128, 1000, 256, 12), {"dtype": "float32", "qk_norm": True, "position": "rope"}, 110829056, 125575680),
+    ((3, 8, 128, 1000, 256, 12), {"dtype": "float32", "qk_norm": True, "n_kv_head": 2}, 92900864, 106976256),
 ]
 LLAMA = {"norm": "rmsnorm", "mlp": "swiglu", "position": "rope", "tie_embeddings": False}
 CHUNKED: list[Row] = [

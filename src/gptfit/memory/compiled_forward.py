@@ -26,7 +26,9 @@ class Stretch:
     kept: list[list[Tensor]] = field(default_factory=list)
 
 
-SINGLE_ROUNDS = 8  # of so many checkpoints each is planned for itself
+# So many rounds are planned each for itself; of more one stands for those between. Where attention is written out none
+# does: its matrices of scores take each other's places otherwise in each round.
+SINGLE_ROUNDS, SINGLE_ROUNDS_OF_SCORES = 12, 48
 
 # Of a block that keeps nothing, what is never there as a tensor: its norms and its activation are made in passing.
 FUSED = ("ln_1 normalised", "ln_2 normalised", "mlp.h", "attn.c_proj", "mlp.c_proj")
@@ -70,7 +72,7 @@ class CompiledForward(Program):
             # Some rounds at both ends apart: it takes a few until the buffers in use repeat (compiled_rounds.py).
             every = min(run.checkpoint_every, run.n_layer) if self.checkpoints else 1
             rounds = -(-run.n_layer // every)
-            many = rounds > SINGLE_ROUNDS
+            many = rounds > (SINGLE_ROUNDS_OF_SCORES if run.attention == "math" else SINGLE_ROUNDS)
             single = (0, 1, *range(rounds - 4, rounds)) if many else range(rounds)
             found = [Stretch(1, i * every, min(every, run.n_layer - i * every)) for i in single]
             return [*found[:2], Stretch(rounds - 6, 2 * every, every), *found[2:]] if many else found
@@ -160,17 +162,21 @@ class CompiledForward(Program):
             parts = [part for part in ("q scaled", "k", "v") if part[0] not in self.only_viewed]
             return kept + [self.activation(f"h.*.attn.{part} copy", c, low) for part in parts]
         changed = "rotated" if run.position == "rope" else "normed" if run.qk_norm else ""
+        grouped = run.n_kv_head != run.n_head and low == "float32"
+        if self.keeps_normed and changed == "rotated":
+            kept.append(self.activation("h.*.attn.q normed", c, low))
+        if self.keeps_normed and (changed == "rotated" or grouped):
+            kept.append(self.activation("h.*.attn.k normed", kv_width, low))
         if changed:
             kept.append(self.activation(f"h.*.attn.q {changed}", c, low))
-        if run.n_kv_head != run.n_head and low == "float32":  # that kernel knows no groups (model.py)
+        if grouped:  # that kernel knows no groups (model.py)
             return kept + [self.activation(f"h.*.attn.{part} repeated", c, low) for part in ("k", "v")]
         return [*kept, self.activation(f"h.*.attn.k {changed}", kv_width, low)] if changed else kept
 
     @property
     def keeps_normed(self) -> bool:
-        """Whether attention written out keeps normalised queries and keys: in fp32 less than the projection, which
-        nothing else needs."""
-        return self.run.qk_norm and self.low == "float32" and self.checkpoints and not self.only_viewed
+        """Whether normalised queries and keys are kept: in fp32 less than the projection, which nothing else needs."""
+        return self.run.qk_norm and self.low == "float32" and not (self.run.attention == "math" and self.only_viewed)
 
     @property
     def only_viewed(self) -> str:
@@ -206,7 +212,9 @@ class CompiledForward(Program):
         b, t = self.tokens
         c, kv_width = run.n_embd, run.n_kv_head * run.head_size
         grouped = run.n_kv_head != run.n_head and self.low == "float32"
-        all_copied = run.attention == "math" or (self.keeps_joined and run.position == "rope" and grouped)
+        all_copied = run.attention == "math" or (
+            self.keeps_joined and grouped and (run.qk_norm or run.position == "rope")
+        )
         projected = self.linear("h.*.attn.c_attn", c, c + 2 * kv_width, "h.*.attn.c_attn")
         kept = self.heads()
         viewed = (run.qk_norm and not self.keeps_normed) or (run.attention == "math" and self.only_viewed)
