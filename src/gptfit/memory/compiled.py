@@ -153,6 +153,10 @@ def assumptions(run: RunConfig, program: str) -> list[str]:
             f"the order of backward is approximate for {run.batch_size * run.block_size} tokens, no more than n_embd "
             f"{run.n_embd}: weight gradients are larger than what they set free; up to a tenth either way"
         )
+    if run.activation_checkpointing != "block" and run.attention == "math" and run.dropout and run.dtype != "float32":
+        lines.append(
+            "what the forward of attention written out needs beside what it keeps is left out: up to a thirtieth"
+        )
     if run.activation_checkpointing == "block":
         grouped = run.dtype == "float32" and run.qk_norm and run.n_kv_head != run.n_head
         dropped = run.param_dtype == "bfloat16" and run.dropout and run.checkpoint_every > 1
