@@ -5,16 +5,16 @@ them, inside a checkpoint only: what the forward keeps, and the graph of the bac
 torch.compile hands to the partitioner.
 """
 
-from collections import Counter
 from collections.abc import Sequence
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from compiled_runs import LEVERS, alive_after, check_steps, measured, run_of
 from gptfit.config import RunConfig, derive, make_run
 from gptfit.memory.compiled import assumptions
-from gptfit.memory.step import Pieces, first_steps, pieces, steady_step
+from gptfit.memory.step import Pieces, pieces, steady_step
 from gptfit.memory.tape import Event, Tape
 from gptfit.trace import trace_program
 
@@ -29,7 +29,6 @@ KNOWN = [
     ({"batch_size": 16, "n_embd": 576}, 5_673, 9_998),
 ]
 
-KEYS = ("n_layer", "n_head", "n_embd", "vocab_size", "block_size", "batch_size")
 Row = tuple[tuple[int, ...], dict[str, object], int, int]
 
 # Values of KEYS, other keys, bytes kept for backward, bytes at the live peak. Two micro-steps where nothing is said.
@@ -167,16 +166,6 @@ ROWS = [
 ]
 
 
-def measured(run: RunConfig, program: str) -> tuple[int, int]:
-    """Bytes kept for backward and at the live peak."""
-    parts = pieces(run, program, whole=False)
-    return parts.saved_bytes, steady_step(run, parts).peak().live_bytes
-
-
-def run_of(shape: tuple[int, ...], **keys: object) -> RunConfig:
-    return make_run({"gradient_accumulation_steps": 2, **dict(zip(KEYS, shape, strict=True)), **keys})
-
-
 @pytest.mark.parametrize(("keys", "saved_mib", "live_mib"), KNOWN)
 def test_known_figures(keys: dict[str, object], saved_mib: int | None, live_mib: int) -> None:
     saved_bytes, live_bytes = measured(make_run({"loss": "full", **keys}), "nanogpt")
@@ -223,13 +212,7 @@ def runs(draw: st.DrawFn) -> tuple[RunConfig, str]:
         return make_run({**keys, "loss": "full"}), "nanogpt"
     choices: dict[str, list[object]] = {
         "n_kv_head": [n_kv_head, n_kv_head * groups],
-        "loss": ["full", "chunked"],
-        "norm": ["layernorm", "rmsnorm"],
-        "mlp": ["gelu", "swiglu", "relu2"],
-        "position": ["learned", "rope"],
-        "attention": ["flash", "math"],
-        "tie_embeddings": [True, False],
-        "qk_norm": [True, False],
+        **LEVERS,
         "logit_softcap": [0.0, 15.0],
         "param_dtype": ["float32", "bfloat16"],
         "activation_checkpointing": ["none", "block"],
@@ -241,31 +224,12 @@ def runs(draw: st.DrawFn) -> tuple[RunConfig, str]:
     return make_run(keys), "gptfit"
 
 
-def alive_after(tape: Tape) -> Counter[str]:
-    alive: Counter[str] = Counter()
-    for sign, _, buffer in tape.expand():
-        alive[buffer.name] += sign
-    return alive
-
-
-@given(runs())
-@settings(max_examples=60, deadline=None)
-def test_closed_form_is_the_expanded_peak(case: tuple[RunConfig, str]) -> None:
-    run, program = case
-    parts = pieces(run, program)
-    for tape in (steady_step(run, parts), first_steps(run, parts)):
-        assert tape.peak().live_bytes == tape.expanded_peak_bytes()
-
-
 @given(runs())
 @settings(max_examples=60, deadline=None)
 def test_a_step_gives_back_what_it_takes(case: tuple[RunConfig, str]) -> None:
     run, program = case
     parts = pieces(run, program)
-    start: Counter[str] = Counter()
-    for item in (*parts.parameter_items, *parts.states, *parts.batch, *parts.kept):
-        start.update(alive_after(Tape([item])))
-    assert +alive_after(steady_step(run, parts)) == +start
+    check_steps(run, parts)
     assert not +alive_after(Tape(list(parts.evaluation)))
 
 

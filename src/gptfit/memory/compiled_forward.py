@@ -66,7 +66,7 @@ class CompiledForward(Program):
 
     def stretches_of(self) -> list[Stretch]:
         """Alike blocks together. The first is another one where the partitioner can make its input again (rope: rows of
-        the embedding), or keeps less of its attention (written out)."""
+        the embedding)."""
         run = self.run
         if self.plans_kernels:
             # Some rounds at both ends apart: it takes a few until the buffers in use repeat (compiled_rounds.py).
@@ -76,7 +76,7 @@ class CompiledForward(Program):
             single = (0, 1, *range(rounds - 4, rounds)) if many else range(rounds)
             found = [Stretch(1, i * every, min(every, run.n_layer - i * every)) for i in single]
             return [*found[:2], Stretch(rounds - 6, 2 * every, every), *found[2:]] if many else found
-        if self.first_is_gathered or run.attention == "math":
+        if self.first_is_gathered:
             return [Stretch(1, 0, 1), Stretch(run.n_layer - 1, 1, 1)] if run.n_layer > 1 else [Stretch(1, 0, 1)]
         return [Stretch(run.n_layer, 0, 1)]
 

@@ -8,7 +8,7 @@ more than four tensors (torch/_inductor/ir.py, should_realize_on_reuse), and so 
 
 from math import prod
 
-from gptfit.memory.compiled_again import Again
+from gptfit.memory.compiled_kernels import Block
 from gptfit.memory.compiled_plan import GIVEN, OUTPUT, TEMPORARY, length_in_lines
 
 EMBEDDING = "end/wte.weight.grad"
@@ -24,12 +24,11 @@ MOST_READS = 4  # torch/_inductor/config.py, realize_reads_threshold
 # What is fused with its like, by the ends of its groups' names: sums of the stream, gradients of norms' parameters; and
 # sums with rows of positions, which are read again for each sequence and so have loops of their own.
 STREAM, OF_NORM = "/stream", "/of norm"
-WITH_ROWS = ("/stream with rows", "/norm with rows")
 
 Names = dict[str, str]  # of buffers that forward kept of a block, by what they are
 
 
-class Lean(Again):
+class Lean(Block):
     """The blocks from the last to the first; `stream` holds what the input of each norm is the sum of."""
 
     def __init__(self, *given: object) -> None:
@@ -38,6 +37,14 @@ class Lean(Again):
         self.stream_reads: list[list[str]] = []
         self.kept_here: Names = {}  # of the block that is being written
         self.positions = ""  # the rows that are added to the embedding
+
+    def low_gradient(self, dx: str, name: str, noise: list[str]) -> str:
+        """The stream's gradient as the matrix products read it."""
+        if not self.copies and not self.run.dropout:
+            return dx
+        low = self.rows(name, self.run.n_embd)
+        self.add([low], [dx, *noise])
+        return low
 
     def slot(self, name: str, shape: tuple[int, ...], dtype: str, kind: str = TEMPORARY, whole: str = "") -> str:
         """Of what kernels write, long strides are whole lines."""

@@ -1,11 +1,11 @@
 """Which kernels of a lean backward inductor makes one: sums of the stream and what norms make of them, and gradients of
 norms' parameters. Those that share most bytes first, then the nearest (torch/_inductor/scheduler.py, fuse_nodes)."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from gptfit.memory.compiled_plan import Kernel, Slot
-
-MAX_DISTANCE = 64  # torch/_inductor/scheduler.py, are_long_distant_nodes
+from gptfit.memory.compiled_schedule import MAX_DISTANCE
 
 
 def loops_of(kernel: Kernel, positions: str) -> str:
@@ -74,3 +74,18 @@ def fuse_alike(kernels: list[Kernel], slots: dict[str, Slot], kind: str, positio
                 one.join(other)
                 of = [one if each is other else each for each in of]
         groups = {each.kernels[0].group: each for each in of}
+
+
+def fuse_with_next(kernels: Iterable[Kernel], kind: str, other: str) -> None:
+    """Fuses kernels of groups that end in `kind` with the next one of `other`, if that is fused with none yet."""
+    kernels = list(kernels)
+    taken = [kernel.group for kernel in kernels]
+    position, last, start = 0, None, 0
+    for kernel in kernels:
+        if kernel.group.endswith(kind):
+            last, start = kernel, position
+        elif kernel.group.endswith(other) and last is not None and taken.count(kernel.group) == 1:
+            near = position + kernel.parts - 1 - start <= MAX_DISTANCE
+            last.group = kernel.group if near else last.group
+            last = None
+        position += kernel.parts

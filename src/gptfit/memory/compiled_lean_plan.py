@@ -5,9 +5,8 @@ from typing import TYPE_CHECKING
 
 from gptfit.memory.autograd import Tensor
 from gptfit.memory.compiled_forward import base_name
-from gptfit.memory.compiled_fusion import fuse_with_next
 from gptfit.memory.compiled_lean import EMBEDDING, OF_NORM, STREAM, Lean, Names
-from gptfit.memory.compiled_lean_fusion import fuse_alike, loops_of
+from gptfit.memory.compiled_lean_fusion import fuse_alike, fuse_with_next, loops_of
 from gptfit.memory.compiled_order import reordered
 from gptfit.memory.compiled_plan import FRESH, GIVEN, OUTPUT, SAVED, Kernel, Plan, Slot, Step, fused
 from gptfit.memory.tape import Buffer, Event, make_buffer

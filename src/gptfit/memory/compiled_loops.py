@@ -160,13 +160,6 @@ def ordered(touched: Sequence[tuple[str, int, Steps]], every: Sequence[tuple[int
     return [which[i] for i in reversed(loop_order(strides, sizes))] if sizes else []
 
 
-def lie_together(steps: Steps, every: Sequence[tuple[int, ...]], a: int, b: int) -> bool:
-    """Whether dimension `b` inside of `a` is one loop through what is touched so."""
-    if len(every[a]) == len(every[b]) == 1:
-        return steps[a][0] == steps[b][0] * every[b][0]
-    return not any(steps[a]) and not any(steps[b])
-
-
 def merged(
     touched: Sequence[tuple[str, int, Steps]], every: Sequence[tuple[int, ...]], order: Sequence[int]
 ) -> list[list[int]]:

@@ -1,4 +1,4 @@
-"""In which order inductor runs the kernels of a compiled backward with checkpoints.
+"""In which order inductor runs the kernels of a graph.
 
 torch 2.13 takes them as they were written, or as one of three sorts puts them, whichever needs least at its peak, as it
 estimates that (torch/_inductor/memory.py, reorder_for_peak_memory). What is kept from forward counts until its last

@@ -1,4 +1,4 @@
-"""The plan of a compiled backward with checkpoints: which buffers it takes and lets go of, in which order.
+"""The plan of a compiled backward, kernel by kernel: which buffers it takes and lets go of, in which order.
 
 The operations (compiled_blocks.py) are lowered, fused and ordered as inductor does it (compiled_lowering.py,
 compiled_schedule.py, compiled_order.py), and memory is planned for them (compiled_plan.py).

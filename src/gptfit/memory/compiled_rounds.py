@@ -1,7 +1,7 @@
-"""The backward of a compiled step with checkpoints on the tape: rounds of `checkpoint_every` blocks, alike ones a loop.
+"""A compiled backward that is planned kernel by kernel, on the tape: rounds of blocks, alike ones a loop.
 
-A round is a block that is run again and those after it that were kept. Some rounds at either end are planned each for
-itself, one stands for all between: by then the buffers in use repeat.
+A round is `checkpoint_every` blocks, the first of them run again, or one block that was kept. Some rounds at either end
+are planned each for itself, one stands for all between: by then the buffers in use repeat.
 """
 
 from collections import Counter
